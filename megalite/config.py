@@ -1,0 +1,438 @@
+"""The configuration of a run: TOML plus dotted overrides, read into frozen, checked models.
+
+Keys follow Hugging Face's meaning where one exists. Every key is checked when it is read, keys
+that contradict each other are refused with both values, and derived numbers are properties, so no
+value lives in two places.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megalite.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A frozen TOML table that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RopeScaling(Section):
+    """How RoPE frequencies are stretched beyond the length a model was trained for."""
+
+    type: Literal["linear", "llama3"] = Field(description="linear, or Llama 3's by wavelength")
+    factor: float = Field(gt=0, description="how many times longer the context becomes")
+    low_freq_factor: float = Field(
+        1.0, gt=0, description="llama3: waves longer than original/low are stretched"
+    )
+    high_freq_factor: float = Field(
+        4.0, gt=0, description="llama3: waves shorter than original/high are kept"
+    )
+    original_seq_len: int = Field(8192, gt=0, description="llama3: sequence length before stretching")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor} must exceed low_freq_factor={self.low_freq_factor}"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """A decoder-only transformer; enough to express GPT-2, Llama, Mistral, Qwen2 and Qwen3 exactly."""
+
+    vocab_size: int = Field(gt=1, description="rows of the embedding; at least the tokenizer's vocabulary")
+    hidden_size: int = Field(gt=0, description="width of the residual stream")
+    num_layers: int = Field(gt=0, description="transformer blocks")
+    num_heads: int = Field(gt=0, description="query heads")
+    num_kv_heads: int = Field(0, ge=0, description="key/value heads (GQA); 0 means num_heads")
+    head_dim: int = Field(0, ge=0, description="width of a head; 0 means hidden_size / num_heads")
+    ffn_size: int = Field(gt=0, description="inner width of the MLP")
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = Field("swiglu", description="MLP activation")
+    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation layer")
+    norm_eps: float = Field(1e-5, gt=0, description="added to the variance")
+    position: Literal["rope", "learned"] = Field("rope", description="rotary, or a learned table")
+    max_seq_len: int = Field(8192, gt=0, description="longest position; rows of a learned table")
+    rope_theta: float = Field(10000.0, gt=0, description="RoPE base")
+    rope_scaling: RopeScaling | None = Field(None, description="stretching of RoPE frequencies")
+    qkv_bias: bool = Field(False, description="biases on the query, key and value projections")
+    attention_out_bias: bool = Field(False, description="bias on the attention output projection")
+    mlp_bias: bool = Field(False, description="biases on the MLP projections")
+    qk_norm: bool = Field(False, description="RMSNorm over each query and key head (Qwen3)")
+    sliding_window: int = Field(0, ge=0, description="keys a query sees, itself included; 0 means all")
+    tie_embeddings: bool = Field(False, description="share the input embedding with the output head")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="on embeddings and both residual branches; reproducible"
+    )
+    init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
+    scale_residual_init: bool = Field(
+        True, description="divide init_std by sqrt(2·num_layers) on residual outputs"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            values = dict(values)
+            heads, hidden = values.get("num_heads"), values.get("hidden_size")
+            if not values.get("num_kv_heads") and isinstance(heads, int):
+                values["num_kv_heads"] = heads
+            if (
+                not values.get("head_dim")
+                and isinstance(heads, int)
+                and isinstance(hidden, int)
+                and heads > 0
+            ):
+                if hidden % heads:
+                    raise ValueError(
+                        f"hidden_size={hidden} is not a multiple of num_heads={heads}; set head_dim"
+                    )
+                values["head_dim"] = hidden // heads
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            legal = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; use {legal}"
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for RoPE")
+        if self.position == "learned" and self.rope_scaling is not None:
+            raise ValueError('rope_scaling has no meaning with position="learned"; remove one')
+        return self
+
+
+class MeshConfig(Section):
+    """How the work is divided among processes. `dp` is derived: the number of processes."""
+
+    zero_stage: Literal[0, 1] = Field(1, description="0: replicate optimizer state; 1: shard it over dp")
+    bucket_mib: float = Field(8.0, gt=0, description="gradient bucket, MiB of fp32; one collective each")
+
+
+class Source(Section):
+    """One dataset folder (or a parent of its shards) and its share of the mixture."""
+
+    path: str = Field(description="folder holding a manifest.json")
+    weight: float = Field(1.0, gt=0, description="share of samples, relative to the other sources")
+
+
+class DataConfig(Section):
+    """What is read, and in which shape it reaches the model."""
+
+    sources: tuple[Source, ...] = Field((), strict=False, description="training datasets: [{path, weight}]")
+    validation: tuple[Source, ...] = Field(
+        (), strict=False, description="held-out datasets: [{path, weight}]"
+    )
+    seq_len: int = Field(gt=0, description="tokens a sample")
+    document_mask: bool = Field(
+        True, description="attention stays within a document, positions restart at each"
+    )
+    shuffle: bool = Field(True, description="permute samples, anew each epoch; false reads in stored order")
+    prefetch: int = Field(2, ge=0, description="steps read ahead by a thread")
+
+
+class OptimConfig(Section):
+    """AdamW with decoupled weight decay, and the learning rate's course."""
+
+    lr: float = Field(gt=0, description="peak learning rate")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate / peak")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine", description="course after warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, description="linear rise from 0 to the peak")
+    decay_steps: int = Field(0, ge=0, description="wsd: length of the final linear decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled; none on norms and biases")
+    grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 never clips")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.schedule == "wsd") != (self.decay_steps > 0):
+            raise ValueError(
+                f'decay_steps={self.decay_steps} with schedule="{self.schedule}"; '
+                'set decay_steps > 0 with "wsd" and 0 otherwise'
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """The loop: how long, in what batches, at which precision."""
+
+    steps: int = Field(gt=0, description="optimizer steps of the whole run")
+    global_batch_size: int = Field(gt=0, description="samples a step, over all processes")
+    micro_batch_size: int = Field(gt=0, description="samples a process computes at once")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="of the compute; master weights are fp32")
+    compile: bool = Field(False, description="torch.compile each block")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations computed again in backward: none, all but GEMMs and attention, whole blocks",
+    )
+    loss_chunk_tokens: int = Field(512, gt=0, description="tokens whose logits exist at once in the loss")
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition (PaLM: 1e-4)")
+    eval_every_steps: int = Field(0, ge=0, description="validate every n steps and at the end; 0 never")
+    eval_samples: int = Field(64, gt=0, description="validation samples, the same each time")
+
+
+class CheckpointConfig(Section):
+    """When the run is saved. Checkpoints lie in run_dir/checkpoints."""
+
+    every_steps: int = Field(1000, ge=0, description="save every n steps and at the end; 0 only at the end")
+    keep_last: int = Field(3, ge=1, description="checkpoints kept, the newest")
+
+
+class ResilienceConfig(Section):
+    """What a run survives by itself."""
+
+    max_skipped_steps: int = Field(10, ge=0, description="non-finite steps skipped in a row before exit 77")
+    comm_timeout_s: float = Field(
+        600.0, gt=0, description="a collective slower than this ends the run (exit 76)"
+    )
+
+
+class LogConfig(Section):
+    """What is printed. metrics.jsonl always gets every step."""
+
+    every_steps: int = Field(10, gt=0, description="console line every n steps when there is no terminal")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run_dir: str = Field("runs/default", description="where config, metrics, ledger and checkpoints go")
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, data order and dropout")
+    model: ModelConfig
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.data.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"data.seq_len={self.data.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}; "
+                "shorten one or raise the other"
+            )
+        if self.train.global_batch_size % self.train.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size={self.train.micro_batch_size} does not divide "
+                f"train.global_batch_size={self.train.global_batch_size}; use one of "
+                f"{_divisors(self.train.global_batch_size)}"
+            )
+        ramp = self.optim.warmup_steps + self.optim.decay_steps
+        if ramp > self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps + optim.decay_steps = {ramp} exceeds train.steps={self.train.steps}"
+            )
+        if self.train.eval_every_steps and not self.data.validation:
+            raise ValueError(
+                f"train.eval_every_steps={self.train.eval_every_steps} but data.validation is empty; "
+                "name a validation dataset or set it to 0"
+            )
+        return self
+
+    def grad_accum_steps(self, dp: int) -> int:
+        """Micro-batches a process computes per optimizer step on `dp` processes.
+
+        Raises:  ConfigError if global_batch_size is not a multiple of micro_batch_size · dp
+        """
+        train = self.train
+        if train.global_batch_size % (train.micro_batch_size * dp):
+            if train.global_batch_size % dp:
+                remedy = f"make train.global_batch_size a multiple of {dp}"
+            else:
+                remedy = f"use a micro_batch_size out of {_divisors(train.global_batch_size // dp)}"
+            raise ConfigError(
+                f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size={train.micro_batch_size} × {dp} processes; {remedy}"
+            )
+        return train.global_batch_size // (train.micro_batch_size * dp)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in a global batch, ignored labels included."""
+        return self.train.global_batch_size * self.data.seq_len
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply `section.key=value` overrides, check everything.
+
+    Raises:  ConfigError naming the file, line, key, value and remedy
+    """
+    path = Path(path)
+    try:
+        source = path.read_text(encoding="utf-8")
+        values = tomllib.loads(source)
+    except FileNotFoundError:
+        raise ConfigError(f"no config file {path}; configs/ holds examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    return build_config(values, overrides, path=path, source=source)
+
+
+def build_config(
+    values: dict[str, Any], overrides: Sequence[str] = (), *, path: Path | None = None, source: str = ""
+) -> Config:
+    """Check plain nested values (as `tomllib` gives them) with overrides on top.
+
+    Raises:  ConfigError
+    """
+    overridden = set()
+    for override in overrides:
+        overridden.add(_apply_override(values, override))
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path, source, overridden)) from None
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML that `load_config` reads back to an equal object."""
+    values = config.model_dump(exclude_none=True)
+    lines = [f"{key} = {_toml_value(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    for section, table in values.items():
+        if isinstance(table, dict):
+            lines += ["", f"[{section}]"]
+            lines += [f"{key} = {_toml_value(value)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+        body = "".join(escapes.get(c, c if c.isprintable() else f"\\U{ord(c):08X}") for c in value)
+        return f'"{body}"'
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {_toml_value(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return repr(value)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> str:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_][\w]*)*", key):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. train.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # an unquoted string, as a shell user writes it
+    *parents, leaf = key.split(".")
+    table = values
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+    table[leaf] = value
+    return key
+
+
+def _explain(error: ValidationError, path: Path | None, source: str, overridden: set[str]) -> str:
+    """The first problem on one line (and how many more there are)."""
+    problems = error.errors()
+    first = problems[0]
+    where = tuple(first["loc"])
+    key = ".".join(str(part) for part in where)
+    value, kind = first["input"], first["type"]
+    if kind == "extra_forbidden":
+        known = _known_keys(where[:-1])
+        near = difflib.get_close_matches(str(where[-1]), known, n=1)
+        elsewhere = difflib.get_close_matches(str(where[-1]), _all_keys(), n=1, cutoff=0.85)
+        if near:
+            hint = f"; did you mean {'.'.join([*map(str, where[:-1]), near[0]])}?"
+        elif elsewhere:
+            hint = f"; did you mean {_all_keys()[elsewhere[0]]}?"
+        else:
+            hint = f"; known keys: {', '.join(known)}"
+        text = f"unknown key {key}{hint}"
+    elif kind == "missing":
+        text = f"{key} is required ({_describe(where)})"
+    elif kind == "value_error":
+        text = first["msg"].removeprefix("Value error, ")
+        if key:
+            text = f"{key}: {text}"
+        elif named := re.match(r"\w+\.\w+", text):  # a cross-field check names its first key
+            where, key = tuple(named[0].split(".")), named[0]
+    else:
+        expected = first["msg"].removeprefix("Input should be ")
+        text = f"{key}={value!r}: should be {expected} ({_describe(where)})"
+    place = "command line" if key in overridden else _locate(path, source, where)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{text}{f' ({place})' if place else ''}{more}"
+
+
+def _section_type(where: Iterable[Any]) -> type[BaseModel]:
+    current: type[BaseModel] = Config
+    for part in where:
+        field = current.model_fields.get(part) if isinstance(part, str) else None
+        if field is not None:
+            kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            current = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), current)
+    return current
+
+
+def _known_keys(where: Iterable[Any]) -> list[str]:
+    return list(_section_type(where).model_fields)
+
+
+def _all_keys() -> dict[str, str]:
+    """Leaf key → full dotted key, for keys put into the wrong section."""
+    keys = {}
+    for section, field in Config.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys.update({leaf: f"{section}.{leaf}" for leaf in kind.model_fields})
+        else:
+            keys[section] = section
+    return keys
+
+
+def _describe(where: tuple[Any, ...]) -> str:
+    field = _section_type(where[:-1]).model_fields.get(str(where[-1])) if where else None
+    return (field.description if field is not None else None) or "a table of settings"
+
+
+def _locate(path: Path | None, source: str, where: tuple[Any, ...]) -> str:
+    """`file:line` of a key in TOML text, or the nearest enclosing table, or the file."""
+    if path is None:
+        return ""
+    names = [part for part in where if isinstance(part, str)]
+    best, section = 0, ""
+    for number, line in enumerate(source.splitlines(), 1):
+        line = line.strip()
+        if header := re.match(r"\[\[?\s*([\w.\- \"]+?)\s*\]", line):
+            section = header[1]
+            if names and ".".join(names).startswith(section):
+                best = number
+        elif assignment := re.match(r"([\w.\-\"]+)\s*=", line):
+            full = f"{section}.{assignment[1]}" if section else assignment[1]
+            if full == ".".join(names):
+                return f"{path}:{number}"
+            if names and ".".join(names).startswith(full + "."):
+                best = number
+    return f"{path}:{best}" if best else str(path)

@@ -1,0 +1,42 @@
+"""Every error a user can cause or meet, each with the exit code the launchers act on.
+
+One rule for messages: what is wrong, where (file, key or shape), the value seen, what would be right.
+"""
+
+from __future__ import annotations
+
+
+class MegaliteError(Exception):
+    """Base of all errors megalite raises on purpose; the CLI prints it on one line."""
+
+    exit_code = 2
+
+
+class ConfigError(MegaliteError):
+    """A configuration value is unknown, of the wrong type, or at odds with another."""
+
+
+class DataError(MegaliteError):
+    """A data shard, tokenizer or text source is missing, corrupt, or does not fit the model."""
+
+
+class CheckpointError(MegaliteError):
+    """A checkpoint is missing, corrupt, does not fit, or could not be written."""
+
+
+class PreemptedError(MegaliteError):
+    """The run was asked to stop, saved a checkpoint, and can be continued."""
+
+    exit_code = 75
+
+
+class HangError(MegaliteError):
+    """A collective did not finish in time or a peer is gone; a restart continues the run."""
+
+    exit_code = 76
+
+
+class DivergedError(MegaliteError):
+    """The loss stayed non-finite for longer than the run allows; a human must look."""
+
+    exit_code = 77

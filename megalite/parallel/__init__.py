@@ -1,0 +1,1 @@
+"""Processes, their axes, and the collectives between them."""

@@ -1,0 +1,86 @@
+"""The process mesh: who I am, who my peers are along each axis, and on which device I compute.
+
+A `Mesh` is made once at start and handed down; no module keeps a process group of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megalite.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh as this process sees it.
+
+    `group` is None exactly when `size` is 1: there is nobody to talk to.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place: its rank among all, its data-parallel axis, its device."""
+
+    rank: int
+    size: int
+    dp: Axis
+    device: torch.device
+
+    @property
+    def world(self) -> Axis:
+        """All processes as one axis."""
+        return Axis(self.rank, self.size, dist.group.WORLD if self.size > 1 else None)
+
+
+def build_mesh(timeout_s: float = 600.0) -> Mesh:
+    """Join the process group that torchrun or the deepspeed launcher described, or stand alone.
+
+    The launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. With a CUDA device
+    the backend is nccl, otherwise gloo.
+
+    Raises:  ConfigError if the launcher's variables are incomplete or a local rank has no device
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    device = _local_device()
+    if size == 1:
+        return Mesh(rank=0, size=1, dp=Axis(), device=device)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE={size} but {', '.join(missing)} unset; start with torchrun or the deepspeed launcher"
+        )
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return Mesh(rank=rank, size=size, dp=Axis(rank, size, dist.group.WORLD), device=device)
+
+
+def close_mesh(mesh: Mesh) -> None:
+    """Leave the process group; every process calls it at the end of a run."""
+    if mesh.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _local_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"LOCAL_RANK={local_rank} but this host has {torch.cuda.device_count()} CUDA devices; "
+            "start at most one process per device"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

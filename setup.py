@@ -1,0 +1,43 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+
+setup(
+    name="megalite",
+    version="0.1.0",
+    description="A small, provably right trainer for decoder-only language models",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        *find_packages(include=["megalite", "megalite.*", "data_tools", "data_tools.*"]),
+        *find_packages("kernels", include=["megalite_kernels", "megalite_kernels.*"]),
+    ],
+    package_dir={"megalite_kernels": "kernels/megalite_kernels"},
+    package_data={"megalite": ["py.typed"], "megalite_kernels": ["py.typed"], "data_tools": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "pyarrow>=17",
+        "pydantic>=2.8",
+        "safetensors>=0.4.5",
+        "zstandard>=0.22",
+        "rich>=13.7",
+    ],
+    extras_require={
+        "tokenizers": ["tokenizers>=0.20"],
+        "deepspeed": ["deepspeed>=0.19"],
+        "dev": [
+            "tokenizers>=0.20",
+            "transformers>=5.0",
+            "pytest>=8.0",
+            "hypothesis>=6.100",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+        ],
+    },
+    entry_points={"console_scripts": ["megalite = megalite.cli:main"]},
+)
