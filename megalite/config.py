@@ -319,6 +319,36 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
+def describe_keys() -> str:
+    """Every key with its default and meaning, one a line."""
+    lines = []
+
+    def walk(section: type[BaseModel], prefix: str) -> None:
+        for key, field in section.model_fields.items():
+            inner = _section_type([*prefix.split(".")[:-1], key])
+            if prefix == "" and inner is not Config and field.description is None:
+                lines.append(f"\n[{key}]  {(inner.__doc__ or '').splitlines()[0]}")
+                walk(inner, f"{key}.")
+                continue
+            default = "required" if field.is_required() else _toml_value(field.default)
+            lines.append(f"  {prefix}{key:<{28 - len(prefix)}} {default:<12} {field.description}")
+
+    walk(Config, "")
+    return "\n".join(lines)
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key → (old, new) for every value in which two dumped configurations differ."""
+    changes: dict[str, tuple[Any, Any]] = {}
+    for key in {**old, **new}:
+        here, there = old.get(key), new.get(key)
+        if isinstance(here, dict) and isinstance(there, dict):
+            changes |= changed_keys(here, there, f"{prefix}{key}.")
+        elif here != there:
+            changes[f"{prefix}{key}"] = (here, there)
+    return changes
+
+
 def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -330,7 +360,7 @@ def _toml_value(value: Any) -> str:
         return "{ " + ", ".join(f"{k} = {_toml_value(v)}" for k, v in value.items()) + " }"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    return repr(value)
+    return "none" if value is None else repr(value)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> str:

@@ -23,6 +23,30 @@ def all_reduce(tensor: Tensor, axis: Axis) -> Tensor:
     return tensor
 
 
+# torch renamed these two; both names do the same on every version we support.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def start_all_reduce(tensor: Tensor, axis: Axis) -> dist.Work:
+    """Begin to sum `tensor` over an axis of at least two, in place; done once waited for."""
+    return dist.all_reduce(tensor, group=axis.group, async_op=True)
+
+
+def start_reduce_scatter(output: Tensor, tensor: Tensor, axis: Axis) -> dist.Work:
+    """Begin to sum `tensor` [axis.size · n] over the axis; rank r's part [n] lands in `output`."""
+    return _reduce_scatter(output, tensor, group=axis.group, async_op=True)
+
+
+def start_all_gather(output: Tensor, part: Tensor, axis: Axis) -> dist.Work:
+    """Begin to collect every rank's `part` [n] in `output` [axis.size · n], in rank order.
+
+    Moved as bytes, since not every backend moves every floating dtype.
+    """
+    whole, part = output.view(torch.uint8), part.view(torch.uint8)
+    return _all_gather(whole, part, group=axis.group, async_op=True)
+
+
 def barrier(axis: Axis, device: torch.device) -> None:
     """Return once every process of the axis has called this."""
     all_reduce(torch.zeros(1, device=device), axis)

@@ -1,0 +1,29 @@
+"""The model's operations as functions, one to a file.
+
+Every operation has a plain torch reference that also runs in float64 and a training
+implementation; `impl` (or MEGALITE_KERNELS) chooses between implementations. The package needs
+torch alone and knows nothing of the trainer.
+"""
+
+from megalite_kernels.adamw import adamw_
+from megalite_kernels.attention import attention
+from megalite_kernels.dropout import dropout
+from megalite_kernels.embedding import embedding
+from megalite_kernels.linear_cross_entropy import linear_cross_entropy
+from megalite_kernels.mlp import gelu, swiglu
+from megalite_kernels.norm import layer_norm, rms_norm
+from megalite_kernels.rope import rope, rope_tables
+
+__all__ = [
+    "adamw_",
+    "attention",
+    "dropout",
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "rope_tables",
+    "swiglu",
+]

@@ -1,0 +1,296 @@
+"""Causal self-attention with documents, grouped heads and a sliding window.
+
+On CPU the queries are taken in blocks and each block meets exactly the keys it may see, as batched
+matrix products around one softmax over whole rows. With every row complete there is no online
+rescaling, and the triangle above the diagonal is never computed. That is 2–3 times faster in bf16
+than torch's CPU flash attention, which remains the check. Elsewhere torch's
+`scaled_dot_product_attention` runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite_kernels.dispatch import Impl, resolve
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    doc_starts: Tensor | None = None,
+    window: int = 0,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Softmax attention of each query over the keys before it, itself included.
+
+    o[b, i, h] = Σ_j softmax_j(scale · q[b, i, h] · k[b, j, h / group]) · v[b, j, h / group]
+    over the j with max(doc_starts[b, i], i - window + 1) ≤ j ≤ i. With fewer queries than keys (a
+    KV cache) the queries are the last positions.
+
+    Shapes:  q [batch, queries, heads, head_dim]; k, v [batch, keys, kv_heads, head_dim];
+             doc_starts [batch, queries] integer, the first key of each query's document, never
+             decreasing along a row; returns [batch, queries, heads, head_dim]
+    Raises:  ValueError if heads is not a multiple of kv_heads or there are more queries than keys
+    Source:  Vaswani et al. 2017, eq. 1; Ainslie et al. 2023 (grouped heads)
+    """
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(f"{q.shape[1]} queries but only {k.shape[1]} keys")
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if resolve(impl) == "reference":
+        return attention_reference(q, k, v, doc_starts=doc_starts, window=window, scale=scale)
+    if q.device.type == "cpu" and q.shape[1] == k.shape[1] and q.shape[1] > 1:
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        output: Tensor = _attention_cpu(q, k, v, doc_starts, window, scale, keep)[0]
+        return output
+    return _attention_sdpa(q, k, v, doc_starts, window, scale)
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, *, doc_starts: Tensor | None, window: int, scale: float
+) -> Tensor:
+    """`attention` as its formula reads, all scores at once, in the inputs' own precision."""
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    scores = scores.masked_fill(~_visible(q, k, doc_starts, window), float("-inf"))
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+
+
+def _visible(q: Tensor, k: Tensor, doc_starts: Tensor | None, window: int) -> Tensor:
+    """Which keys each query sees; bool [batch or 1, 1, queries, keys]."""
+    queries, keys = q.shape[1], k.shape[1]
+    i = torch.arange(keys - queries, keys, device=q.device)[:, None]
+    j = torch.arange(keys, device=q.device)
+    visible = (j <= i)[None, None]
+    if window:
+        visible = visible & (j > i - window)
+    if doc_starts is not None:
+        visible = visible & (j >= doc_starts[:, None, :, None])
+    return visible
+
+
+def _attention_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, doc_starts: Tensor | None, window: int, scale: float
+) -> Tensor:
+    plain_causal = doc_starts is None and not window and q.shape[1] == k.shape[1]
+    output = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if plain_causal else _visible(q, k, doc_starts, window),
+        is_causal=plain_causal,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return output.transpose(1, 2)
+
+
+# --- CPU: blocks of queries -------------------------------------------------------------------
+#
+# Inside, a tensor is [batch · kv_heads, group, seq, head_dim]: the query heads that share a key
+# head lie side by side, so one matrix product serves the whole group and sums its key gradients.
+
+
+def _query_block(seq: int) -> int:
+    """Queries a block: small enough to skip most of the masked triangle, large enough for GEMM."""
+    return 64 if seq <= 512 else 128
+
+
+def _probability_count(heads: int, seq: int) -> int:
+    block = _query_block(seq)
+    return heads * sum(
+        (min(start + block, seq) - start) * min(start + block, seq) for start in range(0, seq, block)
+    )
+
+
+def _keeps_probabilities(seq: int, head_dim: int, heads: int, kv_heads: int) -> bool:
+    """Whether to save the probabilities for backward: when they are no larger than q, k and v."""
+    return _probability_count(heads, seq) <= seq * head_dim * (heads + 2 * kv_heads)
+
+
+class _Blocks:
+    """The query blocks of one call: their key ranges and their masks.
+
+    Iterating gives (query slice, key slice); `mask` then hides what a block must not see.
+    """
+
+    def __init__(self, batch: int, seq: int, doc_starts: Tensor | None, window: int, dtype: torch.dtype):
+        self.batch, self.seq, self.window = batch, seq, window
+        self.doc_starts = doc_starts
+        self.block = _query_block(seq)
+        # Whether any document starts after the first one of a block decides if a mask is needed;
+        # one trip to Python for the whole call, not one a block.
+        self.first = [0] * (seq + 1) if doc_starts is None else doc_starts.amin(0).tolist()
+        self.last = self.first if doc_starts is None else doc_starts.amax(0).tolist()
+        self.triangle = torch.full((self.block, self.block), float("-inf"), dtype=dtype).triu_(1)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        for start in range(0, self.seq, self.block):
+            stop = min(start + self.block, self.seq)
+            low = max(self.first[start], start - self.window + 1 if self.window else 0, 0)
+            yield slice(start, stop), slice(low, stop)
+
+    def mask_(self, scores: Tensor, queries: slice, keys: slice) -> None:
+        """Set what the queries must not see to -inf; scores [batch·kv_heads, group·queries, keys]."""
+        count, width = queries.stop - queries.start, keys.stop - keys.start
+        scores = scores.view(scores.shape[0], -1, count, width)
+        scores[..., width - count :] += self.triangle[:count, :count]
+        j = torch.arange(keys.start, keys.stop)
+        if self.window and queries.stop - 1 - keys.start >= self.window:
+            i = torch.arange(queries.start, queries.stop)[:, None]
+            scores.masked_fill_(j <= i - self.window, float("-inf"))
+        if self.doc_starts is not None and self.last[queries.stop - 1] > keys.start:
+            hidden = j < self.doc_starts[:, queries, None]
+            by_row = scores.view(self.batch, -1, *scores.shape[1:])
+            by_row.masked_fill_(hidden[:, None, None], float("-inf"))
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """[batch, seq, heads, d] → [batch·kv_heads, group, seq, d], contiguous."""
+    batch, seq, heads, head_dim = x.shape
+    return x.transpose(1, 2).reshape(batch * kv_heads, heads // kv_heads, seq, head_dim)
+
+
+def _ungrouped(x: Tensor, batch: int) -> Tensor:
+    """[batch·kv_heads, group, seq, d] → [batch, seq, heads, d], a view."""
+    return x.view(batch, -1, *x.shape[-2:]).transpose(1, 2)
+
+
+@torch.library.custom_op("megalite::attention_cpu", mutates_args=())
+def _attention_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    doc_starts: Tensor | None,
+    window: int,
+    scale: float,
+    needs_backward: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns the output [batch, seq, heads, d] and the kept probabilities, flat (or empty)."""
+    batch, seq, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    keep = needs_backward and _keeps_probabilities(seq, head_dim, heads, kv_heads)
+    kept = q.new_empty(batch * _probability_count(heads, seq) if keep else 0)
+    used = 0
+    q, k, v = _grouped(q, kv_heads) * scale, _grouped(k, kv_heads)[:, 0], _grouped(v, kv_heads)[:, 0]
+    output = q.new_empty(batch, seq, heads, head_dim)
+    blocks = _Blocks(batch, seq, doc_starts, window, q.dtype)
+    for queries, keys in blocks:
+        p = _probabilities(q[:, :, queries].flatten(1, 2), k[:, keys], blocks, queries, keys)
+        o = torch.bmm(p, v[:, keys])
+        output[:, queries] = _ungrouped(o.view(o.shape[0], -1, queries.stop - queries.start, head_dim), batch)
+        if keep:
+            kept[used : used + p.numel()] = p.view(-1)
+            used += p.numel()
+    return output, kept
+
+
+def _probabilities(q: Tensor, k: Tensor, blocks: _Blocks, queries: slice, keys: slice) -> Tensor:
+    scores = torch.bmm(q, k.transpose(1, 2))
+    blocks.mask_(scores, queries, keys)
+    return scores.softmax(-1)
+
+
+@_attention_cpu.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    doc_starts: Tensor | None,
+    window: int,
+    scale: float,
+    needs_backward: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, seq, heads, head_dim = q.shape
+    keep = needs_backward and _keeps_probabilities(seq, head_dim, heads, k.shape[2])
+    kept = q.new_empty(batch * _probability_count(heads, seq) if keep else 0)
+    return q.new_empty(q.shape), kept
+
+
+@torch.library.custom_op("megalite::attention_cpu_backward", mutates_args=())
+def _attention_cpu_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    doc_starts: Tensor | None,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in their shapes.
+
+    dV = Pᵀ dO;  dP = dO Vᵀ;  dS = P ∘ (dP - rowsum(P ∘ dP));  dQ = scale dS K;  dK = scale dSᵀ Q
+    Keys meet several query blocks, so their gradients are summed in at least fp32.
+    """
+    batch, seq = q.shape[:2]
+    kv_heads = k.shape[2]
+    q, k, v = _grouped(q, kv_heads) * scale, _grouped(k, kv_heads)[:, 0], _grouped(v, kv_heads)[:, 0]
+    grad = _grouped(grad, kv_heads)
+    sum_dtype = torch.promote_types(q.dtype, torch.float32)
+    dq = torch.empty_like(q)
+    dk, dv = torch.zeros_like(k, dtype=sum_dtype), torch.zeros_like(v, dtype=sum_dtype)
+    blocks = _Blocks(batch, seq, doc_starts, window, q.dtype)
+    used = 0
+    for queries, keys in blocks:
+        q_block, do = q[:, :, queries].flatten(1, 2), grad[:, :, queries].flatten(1, 2)
+        if kept.numel():
+            shape = (q_block.shape[0], q_block.shape[1], keys.stop - keys.start)
+            size = shape[0] * shape[1] * shape[2]
+            p = kept[used : used + size].view(shape)
+            used += size
+        else:
+            p = _probabilities(q_block, k[:, keys], blocks, queries, keys)
+        dv[:, keys] += torch.bmm(p.transpose(1, 2), do)
+        dp = torch.bmm(do, v[:, keys].transpose(1, 2))
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+        dq[:, :, queries] = torch.bmm(ds, k[:, keys]).view(dq[:, :, queries].shape)
+        dk[:, keys] += torch.bmm(ds.transpose(1, 2), q_block)
+    dq.mul_(scale)
+    return (
+        _ungrouped(dq, batch),
+        _ungrouped(dk.to(k.dtype)[:, None], batch),
+        _ungrouped(dv.to(v.dtype)[:, None], batch),
+    )
+
+
+@_attention_cpu_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    doc_starts: Tensor | None,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def heads_first(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+    return heads_first(q), heads_first(k), heads_first(v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, doc_starts, ctx.window, ctx.scale, _ = inputs
+    ctx.save_for_backward(q, k, v, output[1], doc_starts)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, kept, doc_starts = ctx.saved_tensors
+    dq, dk, dv = _attention_cpu_backward(grad, q, k, v, kept, doc_starts, ctx.window, ctx.scale)
+    return dq, dk, dv, None, None, None, None
+
+
+_attention_cpu.register_autograd(_backward, setup_context=_save)

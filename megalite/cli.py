@@ -1,0 +1,159 @@
+"""The command line. Errors a user can mend end in one line and the exit code of their kind."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megalite import __version__
+from megalite.errors import ConfigError, HangError, MegaliteError
+
+if TYPE_CHECKING:
+    from megalite.config import Config
+
+_TRAIN_HELP = """\
+Train a model, or continue a run: if run_dir holds a checkpoint, the newest whole one is where it
+goes on, on any number of processes. SIGTERM or Ctrl-C saves and exits with code 75.
+
+examples:
+  megalite train configs/quickstart.toml
+  megalite train configs/125m.toml run_dir=runs/a optim.lr=6e-4 'data.sources=[{path="data/train"}]'
+  torchrun --nproc-per-node 2 -m megalite train configs/quickstart.toml
+  deepspeed --no_local_rank --module megalite train configs/1b.toml
+  megalite train configs/70b.toml --dry-run
+
+exit codes: 0 done, 2 a mistake in the input, 75 stopped after a save, 76 a peer was lost, 77 diverged
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = _parser().parse_args(argv)
+    if args.func is None:
+        args.show_help()
+        return 2
+    try:
+        code: int = args.func(args)
+    except MegaliteError as error:
+        return _fail(error)
+    except BrokenPipeError:  # the reader of our output (head, a pager) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _fail(error: MegaliteError) -> int:
+    rank = os.environ.get("RANK", "0")
+    # Errors agreed by all ranks are printed once; a lost peer is each rank's own news.
+    if rank == "0" or isinstance(error, HangError) or not os.environ.get("WORLD_SIZE"):
+        who = f"rank {rank}: " if isinstance(error, HangError) and os.environ.get("WORLD_SIZE") else ""
+        print(f"megalite: {who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megalite", description="A small, provably right trainer for decoder-only language models."
+    )
+    parser.add_argument("--version", action="version", version=f"megalite {__version__}")
+    parser.set_defaults(func=None, show_help=parser.print_help)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train a model, or continue a run",
+        description=_TRAIN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`megalite train --keys` lists every configuration key with its meaning and default.",
+    )
+    train.add_argument("config", nargs="?", help="TOML file; see configs/")
+    train.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values that replace the file's"
+    )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config, parameters, bytes, FLOPs; train nothing",
+    )
+    train.add_argument("--keys", action="store_true", help="print every configuration key and leave")
+    train.set_defaults(func=_train)
+    _add_other_commands(commands)
+    return parser
+
+
+def _add_other_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from data_tools.cli import add_commands as add_data_commands
+    from megalite.generate import add_command as add_generate_commands
+
+    add_generate_commands(commands)
+    add_data_commands(commands)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from megalite.config import describe_keys, load_config
+
+    if args.keys:
+        print(describe_keys())
+        return 0
+    if args.config is None:
+        raise ConfigError("no config file given; try megalite train configs/quickstart.toml")
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        print(_dry_run(config))
+        return 0
+    return _run(config)
+
+
+def _run(config: Config) -> int:
+    import torch.distributed as dist
+
+    from megalite.parallel.mesh import build_mesh, close_mesh
+    from megalite.trainer import Trainer
+
+    mesh = build_mesh(config.resilience.comm_timeout_s)
+    try:
+        Trainer(config, mesh).fit()
+    except RuntimeError as error:
+        # gloo reports a lost or silent peer as a plain RuntimeError.
+        if mesh.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            raise HangError(
+                f"a peer is gone or silent for {config.resilience.comm_timeout_s:.0f} s "
+                f"({str(error).splitlines()[0][:200]}); start the same command again to continue"
+            ) from error
+        raise
+    close_mesh(mesh)
+    return 0
+
+
+def _dry_run(config: Config) -> str:
+    from megalite.config import to_toml
+    from megalite.model.flops import count_parameters, token_flops
+
+    dp = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation = config.grad_accum_steps(dp)
+    parameters = count_parameters(config.model)
+    flops = token_flops(config.model, config.data.seq_len)
+    tokens = config.tokens_per_step
+    compute = 4 if config.train.precision == "fp32" else 2
+    is_sharded = config.mesh.zero_stage == 1 and dp > 1
+    parts = {
+        "weights": compute * parameters,
+        "gradients": 4 * parameters + (4 * parameters // dp if is_sharded else 0),
+        "optimizer": (12 * parameters // dp if is_sharded else (8 if compute == 4 else 12) * parameters),
+    }
+    gib = {name: f"{size / 2**30:,.2f} GiB" for name, size in parts.items()}
+    lines = [
+        to_toml(config),
+        f"parameters       {parameters:,} ({parameters / 1e9:.2f} B)",
+        f"processes        {dp}, each {accumulation} × {config.train.micro_batch_size} samples a step",
+        f"bytes a process  {sum(parts.values()) / 2**30:,.2f} GiB without activations: "
+        + ", ".join(f"{name} {size}" for name, size in gib.items()),
+        f"tokens           {tokens:,} a step, {tokens * config.train.steps:,} in all",
+        f"FLOPs a token    {flops.strict / 1e9:,.3f} G strict, {flops.non_causal / 1e9:,.3f} G non-causal",
+        f"FLOPs in all     {flops.strict * tokens * config.train.steps:.3g} strict",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,58 @@
+"""The contract between the trainer and whatever computes a step.
+
+The trainer decides (data, learning rate, skip, save); an engine computes. Between
+`forward_backward` and `optimizer_step` lies the one point where every rank agrees on what the step
+was worth, so an engine must not touch weights or optimizer state in the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megalite.checkpoint.format import TensorSlice
+from megalite.checkpoint.store import Checkpoint
+from megalite.data.loader import Batch
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """One rank's share of a step's sums; adding the shares of all ranks gives the global batch's.
+
+    `loss` is cross-entropy without z-loss, in nats; gradients are those of
+    (loss + z_loss) / `tokens_per_step`, summed over ranks; `grad_norm_squared` is theirs.
+    """
+
+    loss: float
+    z_loss: float
+    tokens: float
+    grad_norm_squared: float
+
+
+class Engine(Protocol):
+    """Holds the model, its gradients and its optimizer state on this rank."""
+
+    num_parameters: int
+
+    @property
+    def applied_steps(self) -> int:
+        """Optimizer steps taken: AdamW's t, which a skipped step does not advance."""
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> StepSums:
+        """Gradients of this rank's micro-batches, reduced over the data-parallel axis."""
+
+    def optimizer_step(self, lr: float, grad_scale: float) -> None:
+        """Update the weights with the reduced gradients times `grad_scale`."""
+
+    def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, float]:
+        """Summed cross-entropy in nats and valid tokens of this rank's micro-batches."""
+
+    def initialize(self) -> None:
+        """Set fresh weights, a function of the seed alone."""
+
+    def state_slices(self) -> Iterable[TensorSlice]:
+        """What this rank contributes to a checkpoint: weights and optimizer state in fp32."""
+
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        """Restore weights, optimizer state and step count from a checkpoint of any dp size."""

@@ -1,0 +1,143 @@
+"""What a run says: metrics.jsonl, ledger.jsonl, and the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class JsonLines:
+    """An append-only file of JSON objects, one a line, each on disk as soon as it is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one object; numbers JSON cannot express become null."""
+        finite = {k: _finite(v) for k, v in record.items()}
+        self._file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def drop_after(self, step: int) -> None:
+        """Remove what a run wrote past the checkpoint it now continues from, and a torn last line."""
+        kept = [line for line in read_json_lines(self.path) if line.get("step", 0) <= step]
+        fresh = self.path.with_suffix(".tmp")
+        fresh.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
+        self._file.close()
+        os.replace(fresh, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a line torn by a kill is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
+class RunLog:
+    """Everything one process reports; only the first process of a run has one that speaks."""
+
+    def __init__(self, run_dir: Path, speaks: bool, steps: int, every_steps: int) -> None:
+        self._speaks, self._steps, self._every = speaks, steps, every_steps
+        self._metrics = JsonLines(run_dir / "metrics.jsonl") if speaks else None
+        self._ledger = JsonLines(run_dir / "ledger.jsonl") if speaks else None
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._validation = ""
+
+    def __enter__(self) -> Self:
+        if self._speaks and sys.stderr.isatty():
+            self._progress = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                console=Console(stderr=True),
+            )
+            self._task = self._progress.add_task("starting", total=self._steps)
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        for file in (self._metrics, self._ledger):
+            if file is not None:
+                file.close()
+
+    def resume(self, step: int) -> None:
+        """Continue at `step`: forget metrics of later steps; the ledger keeps everything."""
+        if self._metrics is not None:
+            self._metrics.drop_after(step)
+        if self._progress is not None and self._task is not None:
+            self._progress.reset(self._task, completed=step)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        elif self._speaks:
+            print(text, file=sys.stderr, flush=True)
+
+    def event(self, kind: str, step: int, **details: Any) -> None:
+        """A line in the ledger: something a reader of the curves must know."""
+        if self._ledger is not None:
+            self._ledger.append({"event": kind, "step": step, "unix_s": round(time.time(), 3), **details})
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One optimizer step: into metrics.jsonl, and to the bar or as a line."""
+        if self._metrics is None:
+            return
+        self._metrics.append(record)
+        if "val_loss" in record:
+            self._validation = f"  val {record['val_loss']:.4f}"
+        mfu = f"  mfu {record['mfu']:.1%}" if record.get("mfu") is not None else ""
+        state = (
+            f"loss {record['loss']:.4f}{self._validation}  norm {record['grad_norm']:.2f}  "
+            f"{record['tokens_per_s']:,.0f} tokens/s{mfu}"
+        )
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=record["step"], description=state)
+        elif record["step"] % self._every == 0 or record["step"] == self._steps or "val_loss" in record:
+            left = (self._steps - record["step"]) * record["step_s"]
+            print(
+                f"step {record['step']}/{self._steps}  {state}  lr {record['lr']:.2e}  "
+                f"{_duration(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

@@ -1,0 +1,1 @@
+"""The model: nothing but mathematics."""

@@ -1,0 +1,304 @@
+"""The training loop. Read this file first.
+
+A step: the loader gives this rank's micro-batches, the engine computes reduced gradients without
+touching a weight, all ranks agree on what the step was worth from one small all-reduce, and only
+then the optimizer moves. Everything a run is lies in (config, checkpoint): the data order, dropout
+and the learning rate are functions of the seed, the position and the step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megalite.checkpoint.store import Checkpoint, newest, save
+from megalite.config import Config, changed_keys
+from megalite.data.loader import Batch, DataLoader, check_same_tokenizer, open_sources
+from megalite.data.tokenizer import load_tokenizer
+from megalite.engines.allocator import keep_freed_memory
+from megalite.engines.engine import Engine, StepSums
+from megalite.engines.native import NativeEngine
+from megalite.errors import CheckpointError, ConfigError, DivergedError, PreemptedError
+from megalite.log import RunLog
+from megalite.model.flops import peak_flops, token_flops
+from megalite.optim.lr import learning_rate
+from megalite.parallel.collectives import all_reduce, barrier, gather_json
+from megalite.parallel.mesh import Mesh
+from megalite.resilience.preempt import PreemptionFlag
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What all ranks know of a step after their one all-reduce."""
+
+    loss: float  # nats per valid token
+    z_loss: float
+    grad_norm: float  # of the mean loss, before clipping
+    tokens: int  # valid labels in the global batch
+    is_applied: bool  # whether the weights moved
+    is_preempted: bool  # whether any rank was asked to stop
+
+
+class Trainer:
+    """One run on one rank, from the newest checkpoint (or the seed) to the last step."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        """Open the data, build the model, restore the newest checkpoint.
+
+        Raises:  ConfigError, DataError, CheckpointError
+        """
+        self.config, self.mesh = config, mesh
+        self.run_dir = Path(config.run_dir)
+        config.grad_accum_steps(mesh.dp.size)
+        self._agree_on_config()
+        if mesh.device.type == "cpu":
+            keep_freed_memory()
+        self.loader, self.validation = self._open_data()
+        self.engine: Engine = NativeEngine(config, mesh)
+        self.step = 0  # optimizer steps taken or skipped
+        self.position = 0  # samples consumed
+        self.tokens = 0  # valid labels trained on
+        self.skipped_in_a_row = 0
+        self._flops = token_flops(config.model, config.data.seq_len)
+        self._peak_flops = peak_flops(mesh.device)
+        self._saved_step = -1
+        if mesh.rank == 0:
+            self._prepare_run_dir()
+        barrier(mesh.world, mesh.device)
+        self.log = RunLog(self.run_dir, mesh.rank == 0, config.train.steps, config.log.every_steps)
+        self._restore()
+
+    # --- the loop -------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train until `train.steps`, saving and validating on the way.
+
+        Raises:  PreemptedError after a save when asked to stop; DivergedError
+        """
+        train, checkpoint = self.config.train, self.config.checkpoint
+        self._started = time.perf_counter()
+        self._productive_s = 0.0
+        with (
+            self.log,
+            PreemptionFlag() as flag,
+            self.loader.steps(
+                self.position,
+                global_batch_size=train.global_batch_size,
+                micro_batch_size=train.micro_batch_size,
+                rank=self.mesh.dp.rank,
+                world=self.mesh.dp.size,
+                prefetch=self.config.data.prefetch,
+            ) as stream,
+        ):
+            self.log.resume(self.step)
+            while self.step < train.steps:
+                began, waited = time.perf_counter(), stream.wait_s
+                rate = learning_rate(self.config.optim, self.step, train.steps)
+                report = self.train_step(next(stream), rate, flag.requested)
+                self.step += 1
+                self.position += train.global_batch_size
+                self.tokens += report.tokens if report.is_applied else 0
+                record = self._record(report, rate, time.perf_counter() - began, stream.wait_s - waited)
+                is_last = self.step == train.steps
+                if train.eval_every_steps and (self.step % train.eval_every_steps == 0 or is_last):
+                    record["val_loss"] = self.evaluate()
+                self.log.step(record)
+                self._check_divergence(report)
+                every = checkpoint.every_steps
+                if is_last or report.is_preempted or (every and self.step % every == 0):
+                    self.save()
+                if report.is_preempted and not is_last:
+                    self.log.event("preempted", self.step, cause=flag.cause)
+                    raise PreemptedError(
+                        f"asked to stop: saved step {self.step} in {self.run_dir}; the same command continues"
+                    )
+
+    def train_step(self, micro_batches: list[Batch], lr: float, wants_stop: bool = False) -> StepReport:
+        """One optimizer step on this rank's micro-batches.
+
+        A step whose loss or gradient is not finite is not applied: the optimizer is not called, so
+        weights, moments and AdamW's step count stay as they were.
+        """
+        sums = self.engine.forward_backward(micro_batches)
+        total, wants_stop = self._agree_on_sums(sums, wants_stop)
+        valid = max(total.tokens, 1.0)
+        # The engine divided by the batch's nominal token count; labels that are ignored make it fewer.
+        correction = self.config.tokens_per_step / valid
+        norm = correction * math.sqrt(total.grad_norm_squared) if total.grad_norm_squared >= 0 else math.nan
+        is_usable = math.isfinite(total.loss) and math.isfinite(norm) and total.tokens > 0
+        if is_usable:
+            clip = self.config.optim.grad_clip
+            scale = min(1.0, clip / norm) if clip and norm > 0 else 1.0
+            self.engine.optimizer_step(lr, correction * scale)
+        return StepReport(
+            total.loss / valid, total.z_loss / valid, norm, int(total.tokens), is_usable, wants_stop
+        )
+
+    def evaluate(self) -> float:
+        """Mean cross-entropy in nats over the validation samples, the same samples every time."""
+        if self.validation is None:
+            raise ConfigError("data.validation is empty; name a held-out dataset")
+        count = min(self.config.train.eval_samples, sum(self.validation.samples))
+        mine = np.arange(self.mesh.dp.rank, count, self.mesh.dp.size)
+        width = self.config.train.micro_batch_size
+        loader = self.validation
+        batches = (loader.batch(mine[i : i + width]) for i in range(0, len(mine), width))
+        sums = torch.tensor(self.engine.evaluate(batches), dtype=torch.float64, device=self.mesh.device)
+        loss, tokens = all_reduce(sums, self.mesh.dp).tolist()
+        return float(loss / max(tokens, 1.0))
+
+    def save(self) -> None:
+        """Commit a checkpoint of this step; a second call at the same step does nothing.
+
+        Raises:  CheckpointError, the same on every rank; the older checkpoints are whole
+        """
+        if self._saved_step == self.step:
+            return
+        meta = {
+            "applied_steps": self.engine.applied_steps,
+            "tokens": self.tokens,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "tokenizer": self.loader.datasets[0].tokenizer.fingerprint,
+            "config": self.config.model_dump(mode="json"),
+        }
+        save(
+            self.run_dir / "checkpoints",
+            self.step,
+            self.position,
+            self.engine.state_slices(),
+            meta,
+            self.mesh,
+            self.config.checkpoint.keep_last,
+        )
+        self._saved_step = self.step
+
+    # --- start ----------------------------------------------------------------------------------
+
+    def _agree_on_config(self) -> None:
+        """Every rank must have been given the same configuration.
+
+        Raises:  ConfigError, on every rank, naming the first key that differs
+        """
+        configs = gather_json(self.config.model_dump(mode="json"), self.mesh.world, self.mesh.device)
+        for rank, other in enumerate(configs[1:], 1):
+            for key, (here, there) in changed_keys(configs[0], other).items():
+                raise ConfigError(f"{key}={here!r} on rank 0 but {there!r} on rank {rank}; use one config")
+
+    def _open_data(self) -> tuple[DataLoader, DataLoader | None]:
+        config = self.config
+        if not config.data.sources:
+            raise ConfigError(
+                'data.sources is empty; name a dataset, e.g. data.sources=[{path="data/train"}]'
+            )
+        training = open_sources(config.data.sources)
+        held_out = open_sources(config.data.validation)
+        check_same_tokenizer([dataset for dataset, _ in training + held_out])
+        shape: dict[str, Any] = {
+            "seq_len": config.data.seq_len,
+            "seed": config.seed,
+            "document_mask": config.data.document_mask,
+        }
+        loader = DataLoader(training, shuffle=config.data.shuffle, **shape)
+        loader.check_vocab(config.model.vocab_size)
+        return loader, DataLoader(held_out, shuffle=False, **shape) if held_out else None
+
+    def _prepare_run_dir(self) -> None:
+        from megalite.config import to_toml
+
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
+            load_tokenizer(self.loader.datasets[0].path).save(self.run_dir)
+        except OSError as error:
+            raise ConfigError(f"run_dir={str(self.run_dir)!r} cannot be written: {error.strerror}") from None
+
+    def _restore(self) -> None:
+        """Start from the newest checkpoint that verifies, else from the seed."""
+        found = newest(self.run_dir / "checkpoints", self.mesh)
+        if found is None:
+            self.engine.initialize()
+            self.log.event("start", 0, processes=self.mesh.size, parameters=self.engine.num_parameters)
+            return
+        self._check_continuity(found)
+        self.engine.load_state(found)
+        self.step, self.position = found.step, found.position
+        self.tokens = int(found.meta["tokens"])
+        self.skipped_in_a_row = int(found.meta["skipped_in_a_row"])
+        self._saved_step = self.step
+        self.log.event("resume", self.step, processes=self.mesh.size, refused=list(found.refused))
+        self.log.say(f"continuing {self.run_dir} at step {self.step} of {self.config.train.steps}")
+
+    def _check_continuity(self, found: Checkpoint) -> None:
+        fingerprint = self.loader.datasets[0].tokenizer.fingerprint
+        if found.meta["tokenizer"] != fingerprint:
+            raise CheckpointError(
+                f"{found.folder} was trained with tokenizer {found.meta['tokenizer'][:16]}…, data.sources "
+                f"holds {fingerprint[:16]}…; use the same dataset's tokenizer or another run_dir"
+            )
+        for key, (old, new) in changed_keys(
+            found.meta["config"], self.config.model_dump(mode="json")
+        ).items():
+            if key != "run_dir":
+                self.log.say(f"note: {key} was {old!r} when step {found.step} was saved and is now {new!r}")
+
+    # --- after a step ---------------------------------------------------------------------------
+
+    def _agree_on_sums(self, sums: StepSums, wants_stop: bool) -> tuple[StepSums, bool]:
+        """The global batch's sums, and whether any rank was asked to stop: the step's one small
+        all-reduce. Every later decision is a function of what it returns."""
+        values = (sums.loss, sums.z_loss, sums.tokens, sums.grad_norm_squared, float(wants_stop))
+        vector = torch.tensor(values, dtype=torch.float64, device=self.mesh.device)
+        loss, z_loss, tokens, norm, stop = all_reduce(vector, self.mesh.world).tolist()
+        return StepSums(loss, z_loss, tokens, norm), stop > 0
+
+    def _check_divergence(self, report: StepReport) -> None:
+        """Count steps that were not applied.
+
+        Raises:  DivergedError when there are too many in a row
+        """
+        if report.is_applied:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        first = self.position - self.config.train.global_batch_size
+        self.log.event(
+            "skip", self.step, loss=report.loss, grad_norm=report.grad_norm, samples=[first, self.position]
+        )
+        self.log.say(
+            f"step {self.step} not applied: loss {report.loss}, gradient norm {report.grad_norm}, "
+            f"samples {first} to {self.position - 1}"
+        )
+        limit = self.config.resilience.max_skipped_steps
+        if self.skipped_in_a_row > limit:
+            raise DivergedError(
+                f"{self.skipped_in_a_row} steps in a row were not finite "
+                f"(resilience.max_skipped_steps={limit}); lower optim.lr, look at samples "
+                f"up to {self.position}, and continue from {self.run_dir}/checkpoints"
+            )
+
+    def _record(self, report: StepReport, lr: float, step_s: float, wait_s: float) -> dict[str, Any]:
+        self._productive_s += step_s if report.is_applied else 0.0
+        per_s = self.config.tokens_per_step / step_s
+        peak = self._peak_flops * self.mesh.size if self._peak_flops else None
+        return {
+            "step": self.step,
+            "position": self.position,
+            "loss": report.loss,
+            "z_loss": report.z_loss,
+            "grad_norm": report.grad_norm,
+            "lr": lr,
+            "tokens": self.tokens,
+            "tokens_per_s": round(per_s, 1),
+            "mfu": per_s * self._flops.strict / peak if peak else None,
+            "mfu_non_causal": per_s * self._flops.non_causal / peak if peak else None,
+            "goodput": round(self._productive_s / (time.perf_counter() - self._started), 4),
+            "step_s": round(step_s, 4),
+            "data_wait_s": round(wait_s, 4),
+            "events": [] if report.is_applied else ["skip"],
+        }
