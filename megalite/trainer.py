@@ -194,7 +194,8 @@ class Trainer:
         config = self.config
         if not config.data.sources:
             raise ConfigError(
-                'data.sources is empty; name a dataset, e.g. data.sources=[{path="data/train"}]'
+                'data.sources is empty; make a dataset with `megalite data tokenize` and name it: '
+                'data.sources=[{path="data/train"}]'
             )
         training = open_sources(config.data.sources)
         held_out = open_sources(config.data.validation)

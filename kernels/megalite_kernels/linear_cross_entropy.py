@@ -33,7 +33,8 @@ def linear_cross_entropy(
     Softmax and sums are in fp32 (or wider). Returns the loss, and the part of it that is z-loss,
     which carries no gradient of its own; both 0-dim.
 
-    Shapes:  x [tokens, hidden]; weight [vocab, hidden]; targets [tokens] integer
+    Shapes:  x [tokens, hidden]; weight [vocab, hidden]; targets [tokens] int64
+    Raises:  IndexError or RuntimeError from torch if a target is neither -100 nor in the vocabulary
     Source:  z-loss from Chowdhery et al. 2022 (PaLM), section 5
     """
     if resolve(impl) == "reference":
@@ -86,7 +87,7 @@ def _chunked(
         rows = slice(start, start + chunk_tokens)
         target, x_rows = targets[rows, None], x[rows]
         valid = (target != IGNORE_INDEX).to(wide)
-        target = target.clamp(min=0)
+        target = target.masked_fill(target == IGNORE_INDEX, 0)
         narrow = torch.mm(x_rows, weight.t(), out=narrow_buffer[: x_rows.shape[0]])
         p = wide_buffer[: x_rows.shape[0]].copy_(narrow)
         largest, target_logit = p.amax(-1, keepdim=True), p.gather(1, target)

@@ -7,6 +7,7 @@ bytes from another host are not to be executed.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,13 +25,14 @@ def all_reduce(tensor: Tensor, axis: Axis) -> Tensor:
 
 
 # torch renamed these two; both names do the same on every version we support.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter: Callable[..., dist.Work] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def start_all_reduce(tensor: Tensor, axis: Axis) -> dist.Work:
     """Begin to sum `tensor` over an axis of at least two, in place; done once waited for."""
-    return dist.all_reduce(tensor, group=axis.group, async_op=True)
+    work: dist.Work = dist.all_reduce(tensor, group=axis.group, async_op=True)
+    return work
 
 
 def start_reduce_scatter(output: Tensor, tensor: Tensor, axis: Axis) -> dist.Work:

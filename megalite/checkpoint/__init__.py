@@ -1,0 +1,1 @@
+"""Checkpoints: what one is on disk (format) and how ranks write and read it together (store)."""

@@ -1,0 +1,1 @@
+"""What a run survives: requests to stop, and later spikes, hangs and lost ranks."""

@@ -1,0 +1,303 @@
+"""The loop: exact resume, skipped steps, evaluation, preemption, and what a user may get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalite.config import Config
+from megalite.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError
+from megalite.parallel.mesh import Mesh, build_mesh, close_mesh
+from megalite.trainer import Trainer
+from tests.ranks import join_ranks, run_ranks, spawn_ranks
+from tests.trainer.runs import curve, metrics, tiny, train, write_dataset
+
+
+def test_loss_falls_below_what_frequencies_alone_allow(root: Path, alone: Mesh) -> None:
+    records = train(alone, tiny(root, "train.steps=60", "train.eval_every_steps=30"))
+    assert records[-1]["val_loss"] < 2.5 < 4.1 < records[0]["loss"]  # 64 byte values: ln 64 = 4.16
+    assert [r["step"] for r in records if "val_loss" in r] == [30, 60]
+    assert records[-1]["position"] == 60 * 24
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bit_identical(root: Path, alone: Mesh, precision: str) -> None:
+    common = [
+        f"train.precision={precision}",
+        "train.steps=12",
+        "model.dropout=0.1",
+        "checkpoint.every_steps=5",
+    ]
+    whole = curve(train(alone, tiny(root, *common, f"run_dir={root}/whole")))
+    trainer = Trainer(tiny(root, *common), alone)
+    trainer.fit()
+    for step in (12, 10):  # as after a kill: the last two saves never happened
+        folder = root / "run/checkpoints" / f"step_{step:08d}"
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    resumed = train(alone, tiny(root, *common))
+    assert curve(resumed) == whole
+    assert [r["step"] for r in resumed] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 3)])
+def test_resume_at_another_dp_size(root: Path, alone: Mesh, before: int, after: int) -> None:
+    whole = curve(train(alone, tiny(root, f"run_dir={root}/whole", "train.steps=10")))
+    half = tiny(root, "train.steps=10", "checkpoint.every_steps=5", "checkpoint.keep_last=1")
+    run_ranks(_stop_after, before, half, 5)
+    resumed = run_ranks(train, after, tiny(root, "train.steps=10"))[0]
+    assert (
+        max(
+            abs(a / b - 1)
+            for x, y in zip(curve(resumed), whole, strict=True)
+            for a, b in zip(x, y, strict=True)
+        )
+        < 1e-5
+    )
+
+
+def _stop_after(mesh: Mesh, config: Config, steps: int) -> None:
+    """Train and save as the run that is killed after `steps` would have."""
+    trainer = Trainer(config, mesh)
+    step = trainer.train_step
+
+    def stopping(batches, lr, wants_stop=False):  # type: ignore[no-untyped-def]
+        return step(batches, lr, trainer.step == steps - 1)
+
+    trainer.train_step = stopping  # type: ignore[method-assign]
+    with pytest.raises(PreemptedError):
+        trainer.fit()
+
+
+def _poison(trainer: Trainer, steps: set[int], rank: int) -> None:
+    """From the given steps on one rank, a gradient that is not finite."""
+    engine = trainer.engine
+    compute = engine.forward_backward
+
+    def poisoned(batches):  # type: ignore[no-untyped-def]
+        if trainer.step in steps and trainer.mesh.rank == rank:
+            parameter = next(iter(engine.model.parameters()))  # type: ignore[attr-defined]
+            handle = parameter.register_hook(lambda grad: grad * float("nan"))
+            try:
+                return compute(batches)
+            finally:
+                handle.remove()
+        return compute(batches)
+
+    engine.forward_backward = poisoned  # type: ignore[method-assign]
+
+
+def _train_poisoned(mesh: Mesh, config: Config, steps: list[int], rank: int) -> dict[str, object]:
+    trainer = Trainer(config, mesh)
+    _poison(trainer, set(steps), rank)
+    step = trainer.train_step
+
+    def watching(batches, lr, wants_stop=False):  # type: ignore[no-untyped-def]
+        optimizer = trainer.engine.optimizer  # type: ignore[attr-defined]
+        state = [optimizer.master.clone(), optimizer.exp_avg.clone(), optimizer.weights.clone()]
+        applied = trainer.engine.applied_steps
+        report = step(batches, lr, wants_stop)
+        if trainer.step in steps:
+            now = [optimizer.master, optimizer.exp_avg, optimizer.weights]
+            assert not report.is_applied
+            assert trainer.engine.applied_steps == applied
+            assert all(torch.equal(a, b) for a, b in zip(state, now, strict=True))
+        else:
+            assert report.is_applied
+        return report
+
+    trainer.train_step = watching  # type: ignore[method-assign]
+    trainer.fit()
+    return {"applied": trainer.engine.applied_steps, "losses": curve(metrics(Path(config.run_dir)))}
+
+
+@pytest.mark.parametrize(("world", "zero_stage"), [(1, 1), (2, 0), (2, 1)])
+def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight_on_any(
+    root: Path, world: int, zero_stage: int
+) -> None:
+    config = tiny(root, "train.steps=8", f"mesh.zero_stage={zero_stage}")
+    results = run_ranks(_train_poisoned, world, config, [3, 4], world - 1)
+    assert [r["applied"] for r in results] == [6] * world
+    events = [json.loads(line) for line in (root / "run/ledger.jsonl").read_text().splitlines()]
+    assert [(e["event"], e["step"]) for e in events if e["event"] == "skip"] == [("skip", 4), ("skip", 5)]
+    assert events[1]["samples"] == [3 * 24, 4 * 24]
+    assert [r["events"] for r in metrics(root / "run")][3:6] == [["skip"], ["skip"], []]
+
+
+def test_too_many_skipped_steps_end_the_run(root: Path, alone: Mesh) -> None:
+    trainer = Trainer(tiny(root, "resilience.max_skipped_steps=2"), alone)
+    _poison(trainer, set(range(2, 20)), rank=0)
+    with pytest.raises(DivergedError, match="3 steps in a row"):
+        trainer.fit()
+    assert DivergedError.exit_code == 77
+
+
+def test_clipping_scales_the_update_and_reports_the_norm_before(root: Path, alone: Mesh) -> None:
+    free = train(alone, tiny(root, "train.steps=3", "optim.grad_clip=0", f"run_dir={root}/free"))
+    clipped = train(alone, tiny(root, "train.steps=3", "optim.grad_clip=1e-3", f"run_dir={root}/clipped"))
+    assert curve(free)[0] == curve(clipped)[0]
+    # AdamW forgives a constant factor, not the ε beside it: later steps tell the two apart.
+    assert curve(free)[2] != curve(clipped)[2]
+
+
+def _train_until_killed(config: Config) -> None:
+    mesh = build_mesh(20)
+    try:
+        Trainer(config, mesh).fit()
+    except PreemptedError as error:
+        raise SystemExit(error.exit_code) from None
+    close_mesh(mesh)
+
+
+def test_sigterm_on_one_rank_saves_on_all_and_exits_75(root: Path, alone: Mesh) -> None:
+    config = tiny(root, "train.steps=100000", "optim.schedule=constant")
+    processes = spawn_ranks(_train_until_killed, 2, config)
+    file = root / "run/metrics.jsonl"
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not (file.exists() and len(file.read_bytes()) > 2000):
+        time.sleep(0.02)
+    pid = processes[1].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGTERM)
+    assert join_ranks(processes, timeout_s=30) == [75, 75]
+    last = metrics(root / "run")[-1]["step"]
+    saved = sorted(p.name for p in (root / "run/checkpoints").iterdir())
+    assert saved == [f"step_{last:08d}"]
+    # … and goes on from there as if nothing had happened.
+    steps = f"train.steps={last + 3}"
+    resumed = train(alone, tiny(root, steps, "optim.schedule=constant"))
+    whole = train(alone, tiny(root, steps, "optim.schedule=constant", f"run_dir={root}/whole"))
+    assert max(abs(a[0] / b[0] - 1) for a, b in zip(curve(resumed), curve(whole), strict=True)) < 1e-4
+
+
+def test_kill_9_in_mid_run_then_continue(root: Path, alone: Mesh) -> None:
+    config = tiny(root, "train.steps=100000", "optim.schedule=constant", "checkpoint.every_steps=3")
+    processes = spawn_ranks(_train_until_killed, 2, config)
+    saves = root / "run/checkpoints"
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not (saves / "step_00000006").exists():
+        time.sleep(0.02)
+    for process in processes:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+    assert join_ranks(processes) == [-9, -9]
+    newest = max(int(p.name[5:13]) for p in saves.iterdir() if not p.name.endswith(".tmp"))
+    steps = f"train.steps={newest + 2}"
+    resumed = train(alone, tiny(root, steps, "optim.schedule=constant"))
+    whole = train(alone, tiny(root, steps, "optim.schedule=constant", f"run_dir={root}/whole"))
+    assert [r["step"] for r in resumed] == [r["step"] for r in whole]
+    assert max(abs(a[0] / b[0] - 1) for a, b in zip(curve(resumed), curve(whole), strict=True)) < 1e-4
+
+
+def test_a_finished_run_is_left_alone(root: Path, alone: Mesh) -> None:
+    train(alone, tiny(root, "train.steps=3"))
+    before = (root / "run/metrics.jsonl").read_bytes()
+    train(alone, tiny(root, "train.steps=3"))
+    assert (root / "run/metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        (["data.sources=[]"], ConfigError, ["data.sources", "tokenize"]),
+        (["data.sources=[{path='/nowhere'}]"], DataError, ["/nowhere"]),
+        (["model.vocab_size=200"], DataError, ["vocabulary of 257", "model.vocab_size=200"]),
+        (
+            [
+                "train.global_batch_size=7",
+                "train.micro_batch_size=7",
+                "data.seq_len=64",
+                "model.max_seq_len=64",
+                "run_dir=/proc/nowhere",
+            ],
+            ConfigError,
+            ["run_dir"],
+        ),
+    ],
+)
+def test_mistakes_are_named(
+    root: Path, alone: Mesh, overrides: list[str], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
+        Trainer(tiny(root, *overrides), alone)
+    assert all(word in str(caught.value) for word in words)
+    assert "\n" not in str(caught.value)
+    assert not (root / "run").exists()
+
+
+def _expect_indivisible(mesh: Mesh, config: Config) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Trainer(config, mesh)
+    return str(caught.value)
+
+
+def test_a_batch_that_does_not_divide_by_the_processes(root: Path) -> None:
+    config = tiny(root, "train.global_batch_size=4", "train.micro_batch_size=4")
+    for text in run_ranks(_expect_indivisible, 2, config):
+        assert "train.global_batch_size=4" in text
+        assert "[1, 2]" in text
+
+
+def _expect_disagreement(mesh: Mesh, config: Config) -> str:
+    from megalite.config import build_config
+
+    values = config.model_dump()
+    values["optim"]["lr"] = 0.1 + mesh.rank
+    with pytest.raises(ConfigError) as caught:
+        Trainer(build_config(values), mesh)
+    return str(caught.value)
+
+
+def test_ranks_with_different_configs_do_not_start(root: Path) -> None:
+    for text in run_ranks(_expect_disagreement, 2, tiny(root)):
+        assert "optim.lr=0.1 on rank 0 but 1.1 on rank 1" in text
+
+
+def test_another_model_or_tokenizer_does_not_continue_the_run(root: Path, alone: Mesh) -> None:
+    train(alone, tiny(root, "train.steps=3"))
+    with pytest.raises(CheckpointError, match="of shape"):
+        Trainer(tiny(root, "model.ffn_size=64"), alone)
+
+
+def test_a_truncated_shard_is_named_before_anything_is_written(tmp_path: Path, alone: Mesh) -> None:
+    write_dataset(tmp_path / "train", seed=1, documents=30)
+    write_dataset(tmp_path / "valid", seed=2, documents=5)
+    shard = next((tmp_path / "train").glob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(DataError) as caught:
+        Trainer(tiny(tmp_path), alone)
+    assert shard.name in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_disk_full_while_saving_keeps_the_older_checkpoint(
+    root: Path, alone: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    trainer = Trainer(tiny(root, "train.steps=8", "checkpoint.every_steps=4"), alone)
+    save = trainer.save
+
+    def save_on_a_full_disk() -> None:
+        if trainer.step == 8:
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+            try:
+                save()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        else:
+            save()
+
+    monkeypatch.setattr(trainer, "save", save_on_a_full_disk)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with pytest.raises(CheckpointError):
+        trainer.fit()
+    assert [p.name for p in (root / "run/checkpoints").iterdir()] == ["step_00000004"]
