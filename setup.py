@@ -20,7 +20,7 @@ setup(
     package_data={"megalite": ["py.typed"], "megalite_kernels": ["py.typed"], "data_tools": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
-        "numpy>=1.26",
+        "numpy>=2.0",
         "pyarrow>=17",
         "pydantic>=2.8",
         "safetensors>=0.4.5",
@@ -33,6 +33,7 @@ setup(
         "dev": [
             "tokenizers>=0.20",
             "transformers>=5.0",
+            "deepspeed>=0.19",
             "pytest>=8.0",
             "hypothesis>=6.100",
             "ruff==0.17.6",

@@ -384,7 +384,8 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
 
 def _explain(error: ValidationError, path: Path | None, source: str, overridden: set[str]) -> str:
     """The first problem on one line (and how many more there are)."""
-    problems = error.errors()
+    # A misspelt key is also a missing one; the spelling is what the user can mend.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     where = tuple(first["loc"])
     key = ".".join(str(part) for part in where)

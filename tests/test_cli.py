@@ -1,0 +1,169 @@
+"""The command as users start it: alone, under torchrun, under the deepspeed launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalite.cli import main
+from megalite.config import to_toml
+from tests.trainer.runs import metrics, tiny, write_dataset
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cli")
+    write_dataset(root / "train", seed=1, documents=40)
+    write_dataset(root / "valid", seed=2, documents=10)
+    path = root / "tiny.toml"
+    path.write_text(to_toml(tiny(root, "train.steps=6", "train.eval_every_steps=3", "log.every_steps=2")))
+    return path
+
+
+def _run(*command: str, cwd: Path, timeout: float = 90) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+
+
+def test_train_from_another_directory(config: Path, tmp_path: Path) -> None:
+    done = _run(sys.executable, "-m", "megalite", "train", str(config), "run_dir=here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "step 6/6  loss" in done.stderr
+    assert "tokens/s" in done.stderr
+    run = tmp_path / "here"
+    assert (run / "config.toml").exists()
+    assert (run / "tokenizer.json").exists()
+    assert (run / "checkpoints/step_00000006/manifest.json").exists()
+    keys = {
+        "step",
+        "position",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "tokens_per_s",
+        "mfu",
+        "goodput",
+        "step_s",
+        "events",
+    }
+    assert all(keys <= record.keys() for record in metrics(run))
+    assert [json.loads(line)["event"] for line in (run / "ledger.jsonl").read_text().splitlines()] == [
+        "start"
+    ]
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "megalite",
+        ],
+        pytest.param(
+            [
+                "deepspeed",
+                "--num_gpus",
+                "2",
+                "--master_port",
+                "29611",
+                "--no_local_rank",
+                "--module",
+                "megalite",
+            ],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["torchrun", "deepspeed"],
+)
+def test_launchers_give_the_curve_of_one_process(config: Path, tmp_path: Path, launcher: list[str]) -> None:
+    if launcher[0] == "deepspeed":
+        launcher = [str(Path(sys.executable).parent / "deepspeed"), *launcher[1:]]
+    assert (
+        _run(sys.executable, "-m", "megalite", "train", str(config), "run_dir=one", cwd=tmp_path).returncode
+        == 0
+    )
+    done = _run(*launcher, "train", str(config), "run_dir=two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+    assert done.stderr.count("step 6/6") == 1 or done.stdout.count("step 6/6") == 1  # one rank speaks
+
+
+def test_a_second_call_continues_and_a_third_finds_nothing_to_do(config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megalite", "train", str(config), "run_dir=again"]
+    assert _run(*command, "train.steps=3", cwd=tmp_path).returncode == 0
+    done = _run(*command, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "continuing again at step 3 of 6" in done.stderr
+    assert "note: train.steps was 3 when step 3 was saved and is now 6" in done.stderr
+    assert len(metrics(tmp_path / "again")) == 6
+
+
+def test_dry_run_needs_no_data_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.chdir(tmp_path)
+    assert main(["train", str(CONFIGS / "8b.toml"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "8,030,261,248",
+        "FLOPs a token    51.470 G strict, 57.913 G non-causal",
+        "hidden_size = 4096",
+    ):
+        assert words in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_are_one_line_and_exit_2(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.chdir(tmp_path)
+    for arguments, words in [
+        (["train", str(config), "modle.num_heads=3"], "unknown key modle; did you mean model?"),
+        (["train", "nowhere.toml"], "no config file nowhere.toml"),
+        (["train"], "no config file given"),
+        (["train", str(config), "data.sources=[{path='gone'}]"], "gone"),
+        (["generate", "gone", "--prompt", "x"], "gone"),
+    ]:
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("megalite: ")
+        assert error.count("\n") == 1
+        assert words in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    for words in (
+        "torchrun --nproc-per-node 2",
+        "deepspeed --no_local_rank",
+        "--dry-run",
+        "75 stopped after a save",
+    ):
+        assert words in text
+    assert main(["train", "--keys"]) == 0
+    assert "optim.weight_decay" in capsys.readouterr().out
+    assert main([]) == 2
+
+
+def test_help_is_quick_because_torch_is_not_imported() -> None:
+    code = "import sys, megalite.cli as c; c.main(['train', '--keys']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -1,0 +1,187 @@
+"""Configuration: what is read is what was written, and every mistake is named where it stands."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megalite.config import Config, build_config, changed_keys, describe_keys, load_config, to_toml
+from megalite.errors import ConfigError
+from megalite.model.flops import count_parameters
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+TOML = """\
+run_dir = "runs/x"
+
+[model]
+vocab_size = 100
+hidden_size = 64
+num_layers = 2
+num_heads = 4
+ffn_size = 96
+
+[data]
+seq_len = 32
+
+[optim]
+lr = 1e-3
+
+[train]
+steps = 10
+global_batch_size = 8
+micro_batch_size = 2
+"""
+
+
+def _load(tmp_path: Path, toml: str = TOML, *overrides: str) -> Config:
+    path = tmp_path / "c.toml"
+    path.write_text(toml)
+    return load_config(path, overrides)
+
+
+def _mistake(tmp_path: Path, toml: str = TOML, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        _load(tmp_path, toml, *overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_derived_values_and_defaults(tmp_path: Path) -> None:
+    config = _load(tmp_path)
+    assert (config.model.num_kv_heads, config.model.head_dim) == (4, 16)
+    assert config.tokens_per_step == 256
+    assert [config.grad_accum_steps(dp) for dp in (1, 2, 4)] == [4, 2, 1]
+    assert config.mesh.zero_stage == 1
+
+
+@pytest.mark.parametrize("name", ["quickstart", "125m", "1b", "3b", "8b", "70b"])
+def test_shipped_configs_load_and_survive_a_round_trip(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.toml")
+    assert build_config(tomllib.loads(to_toml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("125m", 123_587_328),
+        ("1b", 1_235_814_400),
+        ("3b", 3_212_749_824),
+        ("8b", 8_030_261_248),
+        ("70b", 70_553_706_496),
+    ],
+)
+def test_parameter_counts(name: str, parameters: int) -> None:
+    """The Llama 3 family's published counts, to the last parameter."""
+    assert count_parameters(load_config(CONFIGS / f"{name}.toml").model) == parameters
+
+
+def test_overrides_reach_nested_tables_lists_and_bare_words(tmp_path: Path) -> None:
+    config = _load(
+        tmp_path,
+        TOML,
+        "optim.lr=0.5",
+        "train.precision=fp32",
+        'data.sources=[{path="a", weight=2.0}, {path="b"}]',
+        "model.rope_scaling={type='linear', factor=2.0}",
+        "run_dir=/tmp/a b",
+    )
+    assert config.optim.lr == 0.5
+    assert config.train.precision == "fp32"
+    assert [(s.path, s.weight) for s in config.data.sources] == [("a", 2.0), ("b", 1.0)]
+    assert config.model.rope_scaling is not None
+    assert config.run_dir == "/tmp/a b"
+
+
+MISTAKES = [
+    (
+        TOML.replace("hidden_size", "hiden_size"),
+        [],
+        ["model.hiden_size", "did you mean model.hidden_size", "c.toml:5"],
+    ),
+    (TOML.replace("[train]", "[trian]"), [], ["trian", "did you mean train", "c.toml:16"]),
+    ("lr = 1\n" + TOML, [], ["unknown key lr", "did you mean optim.lr", "c.toml:1"]),
+    (TOML.replace("steps = 10", 'steps = "10"'), [], ["train.steps='10'", "integer", "c.toml:17"]),
+    (TOML.replace("steps = 10", "steps = 0"), [], ["train.steps=0", "greater than 0", "c.toml:17"]),
+    (TOML.replace("steps = 10\n", ""), [], ["train.steps is required"]),
+    (
+        TOML,
+        ["train.micro_batch_size=3"],
+        ["micro_batch_size=3", "global_batch_size=8", "[1, 2, 4, 8]", "command line"],
+    ),
+    (TOML.replace("micro_batch_size = 2", "micro_batch_size = 3"), [], ["micro_batch_size=3", "c.toml:19"]),
+    (TOML, ["model.num_kv_heads=3"], ["num_kv_heads=3", "num_heads=4", "[1, 2, 4]"]),
+    (TOML, ["model.num_heads=5"], ["hidden_size=64", "num_heads=5"]),
+    (TOML, ["model.head_dim=15"], ["head_dim=15", "even"]),
+    (TOML, ["data.seq_len=9000"], ["data.seq_len=9000", "model.max_seq_len=8192"]),
+    (TOML, ["train.precision=fp8"], ["train.precision='fp8'", "'fp32' or 'bf16'"]),
+    (TOML, ["mesh.zero_stage=3"], ["mesh.zero_stage=3", "0 or 1"]),
+    (TOML, ["optim.warmup_steps=11"], ["= 11", "train.steps=10"]),
+    (TOML, ["optim.schedule=wsd"], ["decay_steps=0", "wsd"]),
+    (TOML, ["optim.decay_steps=3"], ["decay_steps=3", "cosine"]),
+    (TOML, ["train.eval_every_steps=5"], ["train.eval_every_steps=5", "data.validation"]),
+    (
+        TOML,
+        ["model.position=learned", "model.rope_scaling={type='linear', factor=2}"],
+        ["rope_scaling", "learned"],
+    ),
+    (
+        TOML,
+        ["model.rope_scaling={type='llama3', factor=8, low_freq_factor=4, high_freq_factor=1}"],
+        ["high_freq_factor=1"],
+    ),
+    (TOML, ["data.sources=[{path=3}]"], ["data.sources.0.path=3", "string"]),
+    (TOML, ["data.sources=[{path='a', weight=0}]"], ["weight=0", "greater than 0"]),
+    (TOML, ["steps"], ["'steps'", "section.key=value"]),
+    (TOML, ["run_dir.x=3"], ["run_dir is a value"]),
+    (TOML, ["model=3"], ["model=3"]),
+    (TOML + "[broken", [], ["c.toml is not valid TOML", "end of document"]),
+]
+
+
+@pytest.mark.parametrize(("toml", "overrides", "words"), MISTAKES, ids=lambda v: str(v)[-40:])
+def test_mistakes(tmp_path: Path, toml: str, overrides: list[str], words: list[str]) -> None:
+    text = _mistake(tmp_path, toml, *overrides)
+    assert [word for word in words if word not in text] == [], text
+
+
+def test_a_missing_or_unreadable_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config file .*nowhere\.toml; configs/ holds examples"):
+        load_config(tmp_path / "nowhere.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path / "binary.toml")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_any_path_survives_a_round_trip(path: str) -> None:
+    values = tomllib.loads(TOML) | {"run_dir": path}
+    values["data"]["sources"] = [{"path": path}]
+    config = build_config(values)
+    assert build_config(tomllib.loads(to_toml(config))) == config
+
+
+def test_a_batch_that_does_not_divide_by_the_processes(tmp_path: Path) -> None:
+    config = _load(tmp_path)
+    with pytest.raises(ConfigError, match=r"8 is not a multiple of train.micro_batch_size=2 × 8.*\[1\]"):
+        config.grad_accum_steps(8)
+    with pytest.raises(ConfigError, match="make train.global_batch_size a multiple of 3"):
+        config.grad_accum_steps(3)
+
+
+def test_every_key_is_described() -> None:
+    text = describe_keys()
+    assert "None\n" not in text
+    for key in ("model.rope_theta", "mesh.zero_stage", "train.loss_chunk_tokens", "log.every_steps"):
+        assert key in text
+
+
+def test_changed_keys_are_dotted() -> None:
+    old = {"a": {"b": 1, "c": 2}, "d": 3}
+    assert changed_keys(old, {"a": {"b": 1, "c": 5}, "d": 3}) == {"a.c": (2, 5)}
