@@ -104,9 +104,9 @@ def load_manifest(folder: Path) -> Manifest:
     content = _read_json(path)
     if content.get("format") != FORMAT:
         raise DataError(f'{path}: format is {_show(content.get("format"))}; expected "{FORMAT}"')
-    if content.get("version") != VERSION:
-        seen = _show(content.get("version"))
-        raise DataError(f"{path}: version is {seen}; this megalite reads version {VERSION}")
+    version = content.get("version")
+    if type(version) is not int or version != VERSION:
+        raise DataError(f"{path}: version is {_show(version)}; this megalite reads version {VERSION}")
     stored_crc = _field(path, content, "crc32", int)
     if (crc := _crc({key: value for key, value in content.items() if key != "crc32"})) != stored_crc:
         raise DataError(
@@ -123,7 +123,7 @@ def load_manifest(folder: Path) -> Manifest:
     manifest = Manifest(_tokenizer_from_json(path, content), compression, shards)
     derived = {"dtype": manifest.dtype.name, "documents": manifest.documents, "tokens": manifest.tokens}
     for key, expected in derived.items():
-        if content.get(key) != expected:
+        if type(content.get(key)) is not type(expected) or content[key] != expected:
             raise DataError(f"{path}: {key} is {_show(content.get(key))} but its parts make {expected}")
     if not manifest.tokens:
         raise DataError(f"{path}: the dataset holds no tokens; build it again from text")

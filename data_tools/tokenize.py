@@ -1,0 +1,254 @@
+"""Text documents to token shards: a training dataset and a held-out one, both or neither.
+
+Which documents are held out is a function of their ids alone, so a corpus that grows keeps its
+split, and a tokenizer is trained on what is not held out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.ingest import TextDocument
+from megalite.data.shards import disk_errors
+from megalite.data.tokenizer import Tokenizer
+from megalite.data.writer import ShardWriter, clear_leftovers, commit_folder
+from megalite.errors import DataError
+
+STATS_FILE = "stats.json"
+CHUNK_CHARS = 1 << 20  # of text tokenized at once: enough to keep every core busy
+BPE_SAMPLE_CHARS = 4 << 20
+BPE_SCAN_CHARS = 1 << 30  # reading more text than this does not make the sample better
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Counts of one dataset."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class BuildStats:
+    """What a build made, as kept in stats.json.
+
+    `unigram_entropy` is the mean of −log p over the held-out tokens, in nats, with p the training
+    tokens' add-one frequencies: the loss of a model that knows how often tokens occur and no more.
+    """
+
+    train: Part
+    valid: Part
+    vocab_size: int
+    bytes_per_token: float
+    unigram_entropy: float
+    recipe: dict[str, Any]
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        parts = "\n".join(
+            f"  {name}: {part.documents:,} documents, {part.tokens:,} tokens, {part.text_bytes / 1e6:.1f} MB"
+            for name, part in (("train", self.train), ("valid", self.valid))
+        )
+        return (
+            f"{parts}\n  {self.bytes_per_token:.2f} bytes per token, vocabulary {self.vocab_size:,}\n"
+            f"  unigram entropy of the held-out tokens: {self.unigram_entropy:.3f} nats per token"
+        )
+
+
+def build_shards(
+    documents: Iterable[TextDocument],
+    tokenizer: Tokenizer,
+    out: str | Path,
+    *,
+    valid_fraction: float = 0.02,
+    compression: str | None = None,
+    recipe: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> BuildStats:
+    """Write `out/train`, `out/valid` and `out/stats.json`; `out` appears whole or not at all.
+
+    Every document gets the tokenizer's eos at its end. `recipe` is kept in stats.json, for
+    `finished_build` to compare. `progress(n)` is called with the bytes of text done so far.
+
+    Raises:  DataError if `out` is taken, either dataset would be empty, or the disk refuses
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} is already there and not a finished build; remove it or name another folder")
+    staging = out.with_name(out.name + ".tmp")
+    clear_leftovers(staging)
+    tally = {False: _Tally(tokenizer.vocab_size), True: _Tally(tokenizer.vocab_size)}
+    try:
+        with (
+            ShardWriter(staging / "train", tokenizer, compression=compression) as train,
+            ShardWriter(staging / "valid", tokenizer, compression=compression) as valid,
+        ):
+            for document, is_held_out, ids in _encoded(hold_out(documents, valid_fraction), tokenizer):
+                tokens = np.append(ids, tokenizer.eos_id)
+                writer = valid if is_held_out else train
+                writer.write(document.doc_id, document.source, tokens)
+                tally[is_held_out].add(document, tokens)
+                if progress is not None:
+                    progress(sum(part.text_bytes for part in tally.values()))
+        stats = _stats(tally[False], tally[True], recipe or {})
+        with disk_errors(out):
+            (staging / STATS_FILE).write_text(json.dumps(asdict(stats), indent=2) + "\n", encoding="utf-8")
+            commit_folder(staging, out)
+        return stats
+    finally:
+        clear_leftovers(staging)
+
+
+def finished_build(out: str | Path, recipe: dict[str, Any]) -> BuildStats | None:
+    """The statistics of a build that is already there, None if there is none.
+
+    Raises:  DataError if it was built from another recipe, or its stats.json is damaged
+    """
+    path = Path(out) / STATS_FILE
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        train, valid = (Part(**values.pop(name)) for name in ("train", "valid"))
+        stats = BuildStats(train, valid, **values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove {out} and build it again") from None
+    for key, wanted in recipe.items():
+        if stats.recipe.get(key) != wanted:
+            raise DataError(
+                f"{out} was built with {key}={stats.recipe.get(key)!r}, not {wanted!r}; "
+                "name another folder or remove it first"
+            )
+    return stats
+
+
+def hold_out(documents: Iterable[TextDocument], fraction: float) -> Iterator[tuple[TextDocument, bool]]:
+    """Each document with whether it is held out: about `fraction` of them, at least one.
+
+    A document is held out if the hash of its id (or family) falls below `fraction`. Documents are kept
+    back until the first such one; a corpus too small to have one holds out the one nearest to it.
+
+    Raises:  DataError if the fraction is not between 0 and 1 or there is only one document
+    """
+    if not 0 < fraction < 1:
+        raise DataError(f"valid fraction {fraction}: should lie between 0 and 1, e.g. 0.02")
+    stream = iter(documents)
+    head: list[TextDocument] = []
+    nearest = 1.0
+    for document in stream:
+        head.append(document)
+        nearest = min(nearest, _place(document))
+        if nearest < fraction and len(head) > 1:
+            break
+    if len(head) == 1:
+        raise DataError("one document cannot be split into training and held-out text; give at least two")
+    first = min(head, key=_place, default=None)
+    for document in chain(head, stream):
+        yield document, document is first or _place(document) < fraction
+
+
+def sample_texts(documents: Iterable[TextDocument], valid_fraction: float, sample_chars: int) -> list[str]:
+    """Texts to train a tokenizer on: a uniform sample of the documents that are not held out.
+
+    The choice is by hash, hence the same every time, and sees at most the first GiB of text.
+    """
+    chosen: list[tuple[float, int, str]] = []  # a heap with the least wanted on top
+    size = scanned = 0
+    for number, (document, is_held_out) in enumerate(hold_out(documents, valid_fraction)):
+        scanned += len(document.text)
+        if scanned > BPE_SCAN_CHARS:
+            break
+        if is_held_out:
+            continue
+        heapq.heappush(chosen, (-_place(document, "sample"), number, document.text))
+        size += len(document.text)
+        while len(chosen) > 1 and size - len(chosen[0][2]) >= sample_chars:
+            size -= len(heapq.heappop(chosen)[2])
+    return [text for _, _, text in sorted(chosen, key=lambda item: item[1])]
+
+
+def _place(document: TextDocument, purpose: str = "held out") -> float:
+    """A number in [0, 1) that depends on the document's names and the purpose only."""
+    name = f"{purpose}\0{document.source}\0{document.family or document.doc_id}"
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big") / 2**56
+
+
+def _encoded(
+    documents: Iterable[tuple[TextDocument, bool]], tokenizer: Tokenizer
+) -> Iterator[tuple[TextDocument, bool, NDArray[np.int64]]]:
+    """Tokenize in chunks on a thread, while the caller reads the next and writes the last."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[tuple[list[tuple[TextDocument, bool]], Future[list[NDArray[np.int64]]]]] = deque()
+        for chunk in _chunks(documents):
+            texts = [document.text for document, _ in chunk]
+            waiting.append((chunk, pool.submit(tokenizer.encode_batch, texts)))
+            if len(waiting) > 1:
+                yield from _joined(*waiting.popleft())
+        for chunk, future in waiting:
+            yield from _joined(chunk, future)
+
+
+def _joined(
+    chunk: list[tuple[TextDocument, bool]], future: Future[list[NDArray[np.int64]]]
+) -> Iterator[tuple[TextDocument, bool, NDArray[np.int64]]]:
+    for (document, is_held_out), ids in zip(chunk, future.result(), strict=True):
+        yield document, is_held_out, ids
+
+
+def _chunks(documents: Iterable[tuple[TextDocument, bool]]) -> Iterator[list[tuple[TextDocument, bool]]]:
+    chunk: list[tuple[TextDocument, bool]] = []
+    size = 0
+    for item in documents:
+        chunk.append(item)
+        size += len(item[0].text)
+        if size >= CHUNK_CHARS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+class _Tally:
+    """Running counts of one dataset."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.documents = 0
+        self.text_bytes = 0
+        self.frequency = np.zeros(vocab_size, dtype=np.int64)
+
+    def add(self, document: TextDocument, tokens: NDArray[np.int64]) -> None:
+        self.documents += 1
+        self.text_bytes += len(document.text.encode())
+        self.frequency += np.bincount(tokens, minlength=self.frequency.size)
+
+    def part(self) -> Part:
+        return Part(self.documents, int(self.frequency.sum()), self.text_bytes)
+
+
+def _stats(train: _Tally, valid: _Tally, recipe: dict[str, Any]) -> BuildStats:
+    smoothed = train.frequency + 1
+    nats = np.log(smoothed.sum()) - np.log(smoothed)
+    parts = train.part(), valid.part()
+    return BuildStats(
+        train=parts[0],
+        valid=parts[1],
+        vocab_size=train.frequency.size,
+        bytes_per_token=sum(part.text_bytes for part in parts) / sum(part.tokens for part in parts),
+        unigram_entropy=float((valid.frequency * nats).sum() / valid.frequency.sum()),
+        recipe=recipe,
+    )
