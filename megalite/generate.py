@@ -138,11 +138,11 @@ def _pick(logits: Tensor, temperature: float, top_k: int, top_p: float, generato
     """One token of fp32 logits [vocab]. Sorting is stable: among equals the lower id comes first."""
     if temperature == 0:
         return int(logits.argmax())
-    # The largest becomes 0 first: a tiny temperature must not make it infinite.
+    # The largest becomes 0 first, and the quotient is float64: no temperature makes it infinite.
     ordered, ids = (logits - logits.max()).sort(descending=True, stable=True)
     if top_k:
         ordered = ordered[:top_k]
-    p = (ordered / temperature).softmax(-1)
+    p = (ordered.double() / temperature).softmax(-1)
     if top_p < 1:
         p[p.cumsum(-1) - p >= top_p] = 0.0  # kept while those before it fall short of top_p
     return int(ids[p.multinomial(1, generator=generator)])

@@ -74,6 +74,8 @@ def export(source: Path, to: Path) -> None:
     """Write a run's weights, fp32, as the Hugging Face folder `to`, whole or not at all.
 
     The weights go into one file, or into shards of about `SHARD_BYTES`; one of them is in memory.
+    transformers reads the tokenizer too, unless it is our byte tokenizer; for a qwen2 by
+    `PreTrainedTokenizerFast`, as its `AutoTokenizer` splits text for any qwen2 in Qwen's own way.
 
     Raises:  ConfigError if no architecture expresses the model or `to` exists; CheckpointError
     """

@@ -194,7 +194,7 @@ class Trainer:
         config = self.config
         if not config.data.sources:
             raise ConfigError(
-                'data.sources is empty; make a dataset with `megalite data tokenize` and name it: '
+                "data.sources is empty; make a dataset with `megalite data tokenize` and name it: "
                 'data.sources=[{path="data/train"}]'
             )
         training = open_sources(config.data.sources)

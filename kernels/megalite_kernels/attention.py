@@ -51,6 +51,9 @@ def attention(
         return attention_reference(q, k, v, doc_starts=doc_starts, window=window, scale=scale)
     if q.device.type == "cpu" and q.shape[1] == k.shape[1] and q.shape[1] > 1:
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        # A copy in the layout the blocks read, so that saving it for backward does not keep the
+        # whole fused projection that v is usually a slice of.
+        v = v.transpose(1, 2).contiguous().transpose(1, 2)
         output: Tensor = _attention_cpu(q, k, v, doc_starts, window, scale, keep)[0]
         return output
     return _attention_sdpa(q, k, v, doc_starts, window, scale)
@@ -102,21 +105,20 @@ def _attention_sdpa(
 # head lie side by side, so one matrix product serves the whole group and sums its key gradients.
 
 
-def _query_block(seq: int) -> int:
-    """Queries a block: small enough to skip most of the masked triangle, large enough for GEMM."""
-    return 64 if seq <= 512 else 128
+_BLOCK = 128  # queries: fewer waste time in small products, more in the masked triangle
 
 
 def _probability_count(heads: int, seq: int) -> int:
-    block = _query_block(seq)
-    return heads * sum(
-        (min(start + block, seq) - start) * min(start + block, seq) for start in range(0, seq, block)
-    )
+    widths = (min(start + _BLOCK, seq) for start in range(0, seq, _BLOCK))
+    return heads * sum((stop - (stop - 1) // _BLOCK * _BLOCK) * stop for stop in widths)
 
 
 def _keeps_probabilities(seq: int, head_dim: int, heads: int, kv_heads: int) -> bool:
-    """Whether to save the probabilities for backward: when they are no larger than q, k and v."""
-    return _probability_count(heads, seq) <= seq * head_dim * (heads + 2 * kv_heads)
+    """Whether to save the probabilities for backward: while they are at most three times q, k, v and o.
+
+    Computing them again takes a fifth of the whole operation's time.
+    """
+    return _probability_count(heads, seq) <= 3 * seq * head_dim * (2 * heads + 2 * kv_heads)
 
 
 class _Blocks:
@@ -128,16 +130,15 @@ class _Blocks:
     def __init__(self, batch: int, seq: int, doc_starts: Tensor | None, window: int, dtype: torch.dtype):
         self.batch, self.seq, self.window = batch, seq, window
         self.doc_starts = doc_starts
-        self.block = _query_block(seq)
         # Whether any document starts after the first one of a block decides if a mask is needed;
         # one trip to Python for the whole call, not one a block.
         self.first = [0] * (seq + 1) if doc_starts is None else doc_starts.amin(0).tolist()
         self.last = self.first if doc_starts is None else doc_starts.amax(0).tolist()
-        self.triangle = torch.full((self.block, self.block), float("-inf"), dtype=dtype).triu_(1)
+        self.triangle = torch.full((_BLOCK, _BLOCK), float("-inf"), dtype=dtype).triu_(1)
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        for start in range(0, self.seq, self.block):
-            stop = min(start + self.block, self.seq)
+        for start in range(0, self.seq, _BLOCK):
+            stop = min(start + _BLOCK, self.seq)
             low = max(self.first[start], start - self.window + 1 if self.window else 0, 0)
             yield slice(start, stop), slice(low, stop)
 
@@ -234,17 +235,17 @@ def _attention_cpu_backward(
     dV = Pᵀ dO;  dP = dO Vᵀ;  dS = P ∘ (dP - rowsum(P ∘ dP));  dQ = scale dS K;  dK = scale dSᵀ Q
     Keys meet several query blocks, so their gradients are summed in at least fp32.
     """
-    batch, seq = q.shape[:2]
-    kv_heads = k.shape[2]
+    batch, seq, head_dim, kv_heads = q.shape[0], q.shape[1], q.shape[3], k.shape[2]
     q, k, v = _grouped(q, kv_heads) * scale, _grouped(k, kv_heads)[:, 0], _grouped(v, kv_heads)[:, 0]
     grad = _grouped(grad, kv_heads)
     sum_dtype = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty_like(q)
-    dk, dv = torch.zeros_like(k, dtype=sum_dtype), torch.zeros_like(v, dtype=sum_dtype)
     blocks = _Blocks(batch, seq, doc_starts, window, q.dtype)
+    dk, dv = torch.zeros_like(k, dtype=sum_dtype), torch.zeros_like(v, dtype=sum_dtype)
     used = 0
     for queries, keys in blocks:
-        q_block, do = q[:, :, queries].flatten(1, 2), grad[:, :, queries].flatten(1, 2)
+        q_block = q[:, :, queries].reshape(q.shape[0], -1, head_dim)
+        do = grad[:, :, queries].reshape(q_block.shape)
         if kept.numel():
             shape = (q_block.shape[0], q_block.shape[1], keys.stop - keys.start)
             size = shape[0] * shape[1] * shape[2]

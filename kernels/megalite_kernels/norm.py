@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megalite_kernels.dispatch import Impl, resolve
@@ -56,12 +55,43 @@ class _RMSNorm(torch.autograd.Function):
         return dx.to(x.dtype), dw, None
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, impl: Impl = "auto") -> Tensor:
     """Shift each row to mean zero, scale it to variance one, then by `weight` and `bias`.
 
-    torch's own kernel already computes in fp32 and reads each row once.
+    y = (x - mean(x)) / sqrt(var(x) + eps) · weight + bias
 
     Shapes:  x [..., dim]; weight, bias [dim]; returns x's shape and dtype
     Source:  Ba et al. 2016, eq. 4
     """
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    if resolve(impl) == "reference":
+        return layer_norm_reference(x, weight, bias, eps)
+    y: Tensor = _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`layer_norm` as its formula reads."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = wide - wide.mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (centred * rstd * weight + bias).to(x.dtype)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """torch's kernels, always on fp32 (or wider): in bf16 its CPU backward adds up the gradients of
+    weight and bias in bf16, of which a few thousand rows leave nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        wide, weight, bias = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (x, weight, bias))
+        y, mean, rstd = torch.native_layer_norm(wide, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+            grads[0].to(mean.dtype), x.to(mean.dtype), weight.shape, mean, rstd, weight, bias, [True] * 3
+        )
+        return dx.to(x.dtype), dw, db, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from megalite.config import ModelConfig
 # Dense bf16 TFLOP/s by the makers' data sheets. A name that is not here gives no MFU: a wrong
 # peak is worse than none.
 _PEAK_TFLOPS = {
+    "H200 NVL": 835,
     "H200": 989,
     "H100 80GB HBM3": 989,
     "H100 PCIe": 756,
@@ -61,6 +63,6 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     for key, tflops in _PEAK_TFLOPS.items():
-        if key in name:
+        if re.search(rf"\b{key}\b", name):  # whole words: an L40 is no L4, a GB200 no B200
             return tflops * 1e12
     return None

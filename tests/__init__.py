@@ -1,0 +1,1 @@
+"""The test suite. Multi-process cases go through `tests.ranks`."""

@@ -1,0 +1,1 @@
+"""The kernels: every operation against its formula."""

@@ -1,0 +1,69 @@
+"""AdamW over flat shards against torch.optim.AdamW and its formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalite_kernels import adamw_
+from tests.kernels.helpers import random
+
+SIZE, STEPS = 1000, 20
+SETTINGS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+
+def _gradient(step: int, dtype: torch.dtype) -> Tensor:
+    return (random(SIZE, seed=step) * 10.0 ** (step % 5 - 3)).to(dtype)
+
+
+def _ours(dtype: torch.dtype, grad_scale: float = 1.0) -> list[Tensor]:
+    weight, m, v = random(SIZE).to(dtype), torch.zeros(SIZE, dtype=dtype), torch.zeros(SIZE, dtype=dtype)
+    for step in range(1, STEPS + 1):
+        grad = _gradient(step, dtype) / grad_scale
+        adamw_(weight, grad, m, v, **SETTINGS, step=step, grad_scale=grad_scale)
+    return [weight, m, v]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_twenty_steps_equal_torchs_optimizer(dtype: torch.dtype, tolerance: float) -> None:
+    parameter = torch.nn.Parameter(random(SIZE).to(dtype))
+    optimizer = torch.optim.AdamW(
+        [parameter], lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False, fused=False
+    )
+    for step in range(1, STEPS + 1):
+        parameter.grad = _gradient(step, dtype)
+        optimizer.step()
+    state = optimizer.state[parameter]
+    expected = [parameter.detach(), state["exp_avg"], state["exp_avg_sq"]]
+    for found, wanted in zip(_ours(dtype), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_the_formula() -> None:
+    weight, m, v = random(SIZE), torch.zeros(SIZE).double(), torch.zeros(SIZE).double()
+    for t in range(1, STEPS + 1):
+        g = _gradient(t, torch.float64)
+        m = 0.9 * m + 0.1 * g
+        v = 0.95 * v + 0.05 * g * g
+        update = (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+        weight = weight - 3e-3 * (update + 0.1 * weight)
+    for found, wanted in zip(_ours(torch.float64), (weight, m, v), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.3, 17.0])
+def test_grad_scale_multiplies_the_gradient(scale: float) -> None:
+    for found, wanted in zip(_ours(torch.float32, scale), _ours(torch.float32), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shard_in_parts_is_the_shard() -> None:
+    whole, parts = (
+        [random(SIZE).float(), random(SIZE, seed=1).float(), torch.zeros(SIZE), torch.zeros(SIZE)]
+        for _ in range(2)
+    )
+    adamw_(*whole, **SETTINGS, step=1)
+    for low, high in ((0, 333), (333, 334), (334, SIZE)):
+        adamw_(*(tensor[low:high] for tensor in parts), **SETTINGS, step=1)
+    assert torch.equal(whole[0], parts[0])

@@ -1,0 +1,195 @@
+"""Attention by query blocks against the formula: lengths, groups, documents, windows, strides."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalite_kernels import attention
+from megalite_kernels.attention import _attention_cpu, _attention_cpu_backward, _keeps_probabilities
+from tests.kernels.helpers import assert_as_exact_as_torch, assert_same, peak_bytes, random
+
+# (batch, seq, heads, kv_heads, head_dim): one block of queries, its edges, several blocks
+SHAPES = [
+    (2, 1, 2, 1, 8),
+    (1, 2, 1, 1, 16),
+    (2, 63, 4, 2, 8),
+    (2, 65, 6, 2, 16),
+    (1, 127, 2, 2, 8),
+    (1, 128, 2, 1, 8),
+    (2, 129, 3, 1, 32),
+    (1, 300, 2, 1, 4),
+    (1, 515, 1, 1, 2),
+]
+DOCUMENTS = {  # lengths that are repeated to fill each row
+    "whole": [[10**6]],
+    "mixed": [[1, 1, 30, 64, 1, 50], [65, 2, 3]],
+    "singles": [[1], [10**6]],
+}
+
+
+def _inputs(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    batch, seq, heads, kv_heads, head_dim = shape
+    return (
+        random(batch, seq, heads, head_dim, seed=seed),
+        random(batch, seq, kv_heads, head_dim, seed=seed + 1),
+        random(batch, seq, kv_heads, head_dim, seed=seed + 2),
+    )
+
+
+def _doc_starts(documents: list[list[int]], batch: int, seq: int) -> Tensor:
+    starts = torch.zeros(batch, seq, dtype=torch.int32)
+    for row in range(batch):
+        lengths, place, turn = documents[row % len(documents)], 0, 0
+        while place < seq:
+            length = lengths[turn % len(lengths)]
+            starts[row, place : place + length] = place
+            place, turn = place + length, turn + 1
+    return starts
+
+
+def _pair(**options: Any) -> tuple[Any, Any]:
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, impl="torch", **options)
+
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, impl="reference", **options)
+
+    return ours, formula
+
+
+def _by_hand(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int, scale: float | None
+) -> Tensor:
+    """One query at a time, as the docstring of `attention` defines it."""
+    output = torch.empty_like(q)
+    past = k.shape[1] - q.shape[1]
+    scale = scale if scale is not None else 1 / math.sqrt(q.shape[3])
+    for b in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            low = max(0 if starts is None else int(starts[b, i]), past + i - window + 1 if window else 0)
+            for h in range(q.shape[2]):
+                of = h // (q.shape[2] // k.shape[2])
+                seen = slice(low, past + i + 1)
+                p = (k[b, seen, of] @ q[b, i, h] * scale).softmax(0)
+                output[b, i, h] = p @ v[b, seen, of]
+    return output
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_both_implementations_are_the_definition(window: int, scale: float | None) -> None:
+    q, k, v = _inputs((2, 70, 4, 2, 8))
+    starts = _doc_starts(DOCUMENTS["mixed"], 2, 70)
+    expected = _by_hand(q, k, v, starts, window, scale)
+    for operation in _pair(doc_starts=starts, window=window, scale=scale):
+        torch.testing.assert_close(operation(q, k, v), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [0, 1, 9, 64, 100])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(shape: tuple[int, ...], documents: str, window: int) -> None:
+    starts = None if documents == "whole" else _doc_starts(DOCUMENTS[documents], *shape[:2])
+    assert_same(*_pair(doc_starts=starts, window=window), _inputs(shape))
+
+
+def test_shapes_cover_kept_and_recomputed_probabilities() -> None:
+    kept = {_keeps_probabilities(seq, d, heads, kv) for _, seq, heads, kv, d in SHAPES}
+    assert kept == {True, False}
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bf16_is_as_exact_as_the_formula_in_bf16(shape: tuple[int, ...], documents: str) -> None:
+    starts = None if documents == "whole" else _doc_starts(DOCUMENTS[documents], *shape[:2])
+    assert_as_exact_as_torch(*_pair(doc_starts=starts), _inputs(shape))
+
+
+def test_gradcheck() -> None:
+    inputs = [x.requires_grad_() for x in _inputs((1, 7, 2, 1, 4))]
+    starts = _doc_starts([[3, 1, 3]], 1, 7)
+    assert torch.autograd.gradcheck(_pair(doc_starts=starts, window=2)[0], inputs)
+
+
+def test_strided_inputs() -> None:
+    shape = (2, 70, 4, 2, 8)
+    fused = torch.cat(_inputs(shape), dim=2)
+
+    def split(x: Tensor, impl: str) -> Tensor:
+        q, k, v = x.split((4, 2, 2), dim=2)
+        return attention(q, k, v, impl=impl)  # type: ignore[arg-type]
+
+    assert_same(lambda x: split(x, "torch"), lambda x: split(x, "reference"), [fused])
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in _inputs(shape)]
+    every_other = [x.repeat_interleave(2, dim=-1)[..., ::2] for x in _inputs(shape)]
+    expected = _pair()[1](*_inputs(shape))
+    for inputs in (heads_first, every_other):
+        assert not inputs[0].is_contiguous()
+        torch.testing.assert_close(_pair()[0](*inputs), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("queries", [1, 2, 40, 69])
+@pytest.mark.parametrize("window", [0, 6])
+def test_queries_are_the_last_of_the_keys(queries: int, window: int) -> None:
+    q, k, v = _inputs((2, 70, 4, 2, 8))
+    starts = _doc_starts(DOCUMENTS["mixed"], 2, 70)
+    whole = attention(q, k, v, doc_starts=starts, window=window)[:, -queries:]
+    last = {"doc_starts": starts[:, -queries:], "window": window}
+    for operation in _pair(**last):
+        torch.testing.assert_close(operation(q[:, -queries:], k, v), whole, rtol=1e-12, atol=1e-12)
+    assert_same(*_pair(**last), [q[:, -queries:], k, v])
+
+
+def test_without_gradients_nothing_is_kept_and_the_values_are_the_same() -> None:
+    q, k, v = (x.float() for x in _inputs((1, 130, 3, 1, 64)))
+    with_grad = attention(q.clone().requires_grad_(), k, v).detach()
+    assert torch.equal(attention(q, k, v), with_grad)
+    arguments = (q, k, v, None, 0, 0.125)
+    assert _attention_cpu(*arguments, True)[1].numel() > 0
+    assert _attention_cpu(*arguments, False)[1].numel() == 0
+
+
+def test_only_one_input_needs_a_gradient() -> None:
+    inputs = _inputs((1, 65, 2, 1, 8))
+    expected = [x.clone().requires_grad_() for x in inputs]
+    _pair()[1](*expected).square().sum().backward()
+    for index in range(3):
+        ours = [x.clone().requires_grad_(i == index) for i, x in enumerate(inputs)]
+        _pair()[0](*ours).square().sum().backward()
+        grad = expected[index].grad
+        assert grad is not None
+        torch.testing.assert_close(ours[index].grad, grad, rtol=1e-12, atol=1e-12)
+
+
+def test_memory_does_not_hold_the_square() -> None:
+    q, k, v = (x.float().requires_grad_() for x in _inputs((1, 1024, 2, 1, 8)))
+    square = 4 * 2 * 1024 * 1024
+    assert peak_bytes(lambda: attention(q, k, v).sum().backward()) < square
+    assert peak_bytes(lambda: attention(q, k, v, impl="reference").sum().backward()) > 2 * square
+
+
+def test_bad_shapes_are_refused() -> None:
+    q, k, v = _inputs((1, 4, 3, 2, 8))
+    with pytest.raises(ValueError, match="3 query heads are not a multiple of 2"):
+        attention(q, k, v)
+    q, k, v = _inputs((1, 4, 2, 2, 8))
+    with pytest.raises(ValueError, match="4 queries but only 3 keys"):
+        attention(q, k[:, :3], v[:, :3])
+
+
+@pytest.mark.parametrize("has_documents", [False, True])
+@pytest.mark.parametrize("seq", [20, 140])
+def test_custom_operators_are_registered_soundly(seq: int, has_documents: bool) -> None:
+    shape = (2, seq, 4, 2, 8)
+    starts = _doc_starts(DOCUMENTS["mixed"], 2, seq) if has_documents else None
+    q, k, v = (x.float().requires_grad_() for x in _inputs(shape))
+    torch.library.opcheck(_attention_cpu, (q, k, v, starts, 7, 0.3, True))
+    plain = [x.detach() for x in (q, k, v)]
+    kept = _attention_cpu(*plain, starts, 7, 0.3, True)[1]
+    grad = random(2, seq, 4, 8, dtype=torch.float32)
+    torch.library.opcheck(_attention_cpu_backward, (grad, *plain, kept, starts, 7, 0.3))

@@ -1,0 +1,1 @@
+"""The model: parity with transformers, recompute, initial values, counts."""
