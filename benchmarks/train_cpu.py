@@ -40,7 +40,7 @@ def megalite_step(mode: str, precision: str, batch: int, seq: int, mesh: Any = N
     import numpy as np
     import torch
 
-    from megalite.config import build_config
+    from megalite.config_file import build_config
     from megalite.data.loader import Batch
     from megalite.engines.allocator import keep_freed_memory
     from megalite.engines.native import NativeEngine
@@ -346,9 +346,8 @@ def single(pairs: int, precisions: list[str]) -> dict[str, Any]:
             print(f"\n{precision}, {batch} × {seq}, one thread; GEMM ceiling {ceiling / 1e9:.0f} GFLOP/s")
             for label, r in results.items():
                 share = r["tokens_per_s"] * token_flops(model, seq).strict / ceiling
-                print(
-                    f"  {label:<22} {r['tokens_per_s']:7.0f} tokens/s  {share:5.0%} of ceiling  {r['peak_mib']:6.0f} MiB"
-                )
+                speed = f"{r['tokens_per_s']:7.0f} tokens/s  {share:5.0%} of ceiling"
+                print(f"  {label:<22} {speed}  {r['peak_mib']:6.0f} MiB")
                 r["share_of_ceiling"] = share
             peers = [label for label in results if not label.startswith("megalite")]
             for ours in (label for label in results if label.startswith("megalite")):

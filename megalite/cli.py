@@ -94,7 +94,7 @@ def _add_other_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def _train(args: argparse.Namespace) -> int:
-    from megalite.config import describe_keys, load_config
+    from megalite.config_file import describe_keys, load_config
 
     if args.keys:
         print(describe_keys())
@@ -130,7 +130,7 @@ def _run(config: Config) -> int:
 
 
 def _dry_run(config: Config) -> str:
-    from megalite.config import to_toml
+    from megalite.config_file import to_toml
     from megalite.model.flops import count_parameters, token_flops
 
     dp = int(os.environ.get("WORLD_SIZE", "1"))

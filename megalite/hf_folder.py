@@ -22,7 +22,8 @@ from torch import Tensor
 
 from megalite.checkpoint.format import TensorSlice, explain
 from megalite.checkpoint.store import Checkpoint, open_checkpoint, save
-from megalite.config import Config, ModelConfig, to_toml
+from megalite.config import Config, ModelConfig
+from megalite.config_file import to_toml
 from megalite.convert import (
     config_from_hf,
     config_to_hf,

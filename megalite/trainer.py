@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from megalite.checkpoint.store import Checkpoint, newest, save
-from megalite.config import Config, changed_keys
+from megalite.config import Config
+from megalite.config_file import changed_keys
 from megalite.data.loader import Batch, DataLoader, check_same_tokenizer, open_sources
 from megalite.data.tokenizer import load_tokenizer
 from megalite.engines.allocator import keep_freed_memory
@@ -210,7 +211,7 @@ class Trainer:
         return loader, DataLoader(held_out, shuffle=False, **shape) if held_out else None
 
     def _prepare_run_dir(self) -> None:
-        from megalite.config import to_toml
+        from megalite.config_file import to_toml
 
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megalite.cli import main
-from megalite.config import to_toml
+from megalite.config_file import to_toml
 from tests.trainer.runs import metrics, tiny, write_dataset
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalite.config import Config, build_config, changed_keys, describe_keys, load_config, to_toml
+from megalite.config import Config
+from megalite.config_file import build_config, changed_keys, describe_keys, load_config, to_toml
 from megalite.errors import ConfigError
 from megalite.model.flops import count_parameters
 

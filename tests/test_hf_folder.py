@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from megalite import hf_folder
 from megalite.checkpoint.store import open_checkpoint
 from megalite.cli import main
-from megalite.config import ModelConfig, load_config
+from megalite.config import ModelConfig
+from megalite.config_file import load_config
 from megalite.convert import config_from_hf, config_to_hf
 from megalite.data.tokenizer import ByteTokenizer
 from megalite.engines.native import NativeEngine

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from megalite.checkpoint.format import (
@@ -38,6 +39,7 @@ from megalite.checkpoint.format import (
     SliceEntry,
     TensorSlice,
     encode_manifest,
+    explain,
     file_header,
     open_plain,
     read_exactly,
@@ -319,6 +321,8 @@ def _explain(error: Exception, root: Path) -> str:
     """One line: what went wrong, where, what would help."""
     if isinstance(error, CheckpointError):
         return str(error)
+    if isinstance(error, ValidationError):
+        return explain(error)
     if not isinstance(error, OSError):
         return f"{type(error).__name__}: {error}"
     code = errno.errorcode.get(error.errno or 0, "")

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from megalite.config import Config, build_config
+from megalite.config import Config
+from megalite.config_file import build_config
 from megalite.data.tokenizer import ByteTokenizer
 from megalite.data.writer import ShardWriter
 from megalite.parallel.mesh import Mesh

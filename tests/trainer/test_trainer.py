@@ -246,7 +246,7 @@ def test_a_batch_that_does_not_divide_by_the_processes(root: Path) -> None:
 
 
 def _expect_disagreement(mesh: Mesh, config: Config) -> str:
-    from megalite.config import build_config
+    from megalite.config_file import build_config
 
     values = config.model_dump()
     values["optim"]["lr"] = 0.1 + mesh.rank

@@ -1,0 +1,210 @@
+"""Configurations in and out of text: TOML, dotted overrides, and mistakes named where they stand."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from megalite.config import Config
+from megalite.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply `section.key=value` overrides, check everything.
+
+    Raises:  ConfigError naming the file, line, key, value and remedy
+    """
+    path = Path(path)
+    try:
+        source = path.read_text(encoding="utf-8")
+        values = tomllib.loads(source)
+    except FileNotFoundError:
+        raise ConfigError(f"no config file {path}; configs/ holds examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    return build_config(values, overrides, path=path, source=source)
+
+
+def build_config(
+    values: dict[str, Any], overrides: Sequence[str] = (), *, path: Path | None = None, source: str = ""
+) -> Config:
+    """Check plain nested values (as `tomllib` gives them) with overrides on top.
+
+    Raises:  ConfigError
+    """
+    overridden = set()
+    for override in overrides:
+        overridden.add(_apply_override(values, override))
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path, source, overridden)) from None
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML that `load_config` reads back to an equal object."""
+    values = config.model_dump(exclude_none=True)
+    lines = [f"{key} = {_toml_value(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    for section, table in values.items():
+        if isinstance(table, dict):
+            lines += ["", f"[{section}]"]
+            lines += [f"{key} = {_toml_value(value)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+def describe_keys() -> str:
+    """Every key with its default and meaning, one a line."""
+    lines = []
+
+    def walk(section: type[BaseModel], prefix: str) -> None:
+        for key, field in section.model_fields.items():
+            inner = _section_type([*prefix.split(".")[:-1], key])
+            if prefix == "" and inner is not Config and field.description is None:
+                lines.append(f"\n[{key}]  {(inner.__doc__ or '').splitlines()[0]}")
+                walk(inner, f"{key}.")
+                continue
+            default = "required" if field.is_required() else _toml_value(field.default)
+            lines.append(f"  {prefix}{key:<{28 - len(prefix)}} {default:<12} {field.description}")
+
+    walk(Config, "")
+    return "\n".join(lines)
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key → (old, new) for every value in which two dumped configurations differ."""
+    changes: dict[str, tuple[Any, Any]] = {}
+    for key in {**old, **new}:
+        here, there = old.get(key), new.get(key)
+        if isinstance(here, dict) and isinstance(there, dict):
+            changes |= changed_keys(here, there, f"{prefix}{key}.")
+        elif here != there:
+            changes[f"{prefix}{key}"] = (here, there)
+    return changes
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+        body = "".join(escapes.get(c, c if c.isprintable() else f"\\U{ord(c):08X}") for c in value)
+        return f'"{body}"'
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {_toml_value(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return "none" if value is None else repr(value)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> str:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_][\w]*)*", key):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. train.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # an unquoted string, as a shell user writes it
+    *parents, leaf = key.split(".")
+    table = values
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+    table[leaf] = value
+    return key
+
+
+def _explain(error: ValidationError, path: Path | None, source: str, overridden: set[str]) -> str:
+    """The first problem on one line (and how many more there are)."""
+    # A misspelt key is also a missing one; the spelling is what the user can mend.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    first = problems[0]
+    where = tuple(first["loc"])
+    key = ".".join(str(part) for part in where)
+    value, kind = first["input"], first["type"]
+    if kind == "extra_forbidden":
+        known = _known_keys(where[:-1])
+        near = difflib.get_close_matches(str(where[-1]), known, n=1)
+        elsewhere = difflib.get_close_matches(str(where[-1]), _all_keys(), n=1, cutoff=0.85)
+        if near:
+            hint = f"; did you mean {'.'.join([*map(str, where[:-1]), near[0]])}?"
+        elif elsewhere:
+            hint = f"; did you mean {_all_keys()[elsewhere[0]]}?"
+        else:
+            hint = f"; known keys: {', '.join(known)}"
+        text = f"unknown key {key}{hint}"
+    elif kind == "missing":
+        text = f"{key} is required ({_describe(where)})"
+    elif kind == "value_error":
+        text = first["msg"].removeprefix("Value error, ")
+        if key:
+            text = f"{key}: {text}"
+        elif named := re.match(r"\w+\.\w+", text):  # a cross-field check names its first key
+            where, key = tuple(named[0].split(".")), named[0]
+    else:
+        expected = first["msg"].removeprefix("Input should be ")
+        text = f"{key}={value!r}: should be {expected} ({_describe(where)})"
+    place = "command line" if key in overridden else _locate(path, source, where)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{text}{f' ({place})' if place else ''}{more}"
+
+
+def _section_type(where: Iterable[Any]) -> type[BaseModel]:
+    current: type[BaseModel] = Config
+    for part in where:
+        field = current.model_fields.get(part) if isinstance(part, str) else None
+        if field is not None:
+            kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            current = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), current)
+    return current
+
+
+def _known_keys(where: Iterable[Any]) -> list[str]:
+    return list(_section_type(where).model_fields)
+
+
+def _all_keys() -> dict[str, str]:
+    """Leaf key → full dotted key, for keys put into the wrong section."""
+    keys = {}
+    for section, field in Config.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys.update({leaf: f"{section}.{leaf}" for leaf in kind.model_fields})
+        else:
+            keys[section] = section
+    return keys
+
+
+def _describe(where: tuple[Any, ...]) -> str:
+    field = _section_type(where[:-1]).model_fields.get(str(where[-1])) if where else None
+    return (field.description if field is not None else None) or "a table of settings"
+
+
+def _locate(path: Path | None, source: str, where: tuple[Any, ...]) -> str:
+    """`file:line` of a key in TOML text, or the nearest enclosing table, or the file."""
+    if path is None:
+        return ""
+    names = [part for part in where if isinstance(part, str)]
+    best, section = 0, ""
+    for number, line in enumerate(source.splitlines(), 1):
+        line = line.strip()
+        if header := re.match(r"\[\[?\s*([\w.\- \"]+?)\s*\]", line):
+            section = header[1]
+            if names and ".".join(names).startswith(section):
+                best = number
+        elif assignment := re.match(r"([\w.\-\"]+)\s*=", line):
+            full = f"{section}.{assignment[1]}" if section else assignment[1]
+            if full == ".".join(names):
+                return f"{path}:{number}"
+            if names and ".".join(names).startswith(full + "."):
+                best = number
+    return f"{path}:{best}" if best else str(path)
