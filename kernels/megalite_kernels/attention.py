@@ -9,6 +9,7 @@ than torch's CPU flash attention, which remains the check. Elsewhere torch's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -183,24 +184,34 @@ def _attention_cpu(
     kv_heads = k.shape[2]
     keep = needs_backward and _keeps_probabilities(seq, head_dim, heads, kv_heads)
     kept = q.new_empty(batch * _probability_count(heads, seq) if keep else 0)
-    used = 0
-    q, k, v = _grouped(q, kv_heads) * scale, _grouped(k, kv_heads)[:, 0], _grouped(v, kv_heads)[:, 0]
+    q, k, v = _grouped(q, kv_heads), _grouped(k, kv_heads)[:, 0], _grouped(v, kv_heads)[:, 0]
     output = q.new_empty(batch, seq, heads, head_dim)
     blocks = _Blocks(batch, seq, doc_starts, window, q.dtype)
+    used = 0
     for queries, keys in blocks:
-        p = _probabilities(q[:, :, queries].flatten(1, 2), k[:, keys], blocks, queries, keys)
-        o = torch.bmm(p, v[:, keys])
-        output[:, queries] = _ungrouped(o.view(o.shape[0], -1, queries.stop - queries.start, head_dim), batch)
-        if keep:
-            kept[used : used + p.numel()] = p.view(-1)
-            used += p.numel()
+        scaled = _rows(q, queries) * scale
+        shape = (*scaled.shape[:2], keys.stop - keys.start)
+        size = math.prod(shape)
+        p = kept[used : used + size].view(shape) if keep else None
+        used += size
+        p = _probabilities(scaled, k[:, keys], blocks, queries, keys, out=p)
+        o = torch.bmm(p, v[:, keys]).view(q.shape[0], -1, queries.stop - queries.start, head_dim)
+        output[:, queries] = _ungrouped(o, batch)
     return output, kept
 
 
-def _probabilities(q: Tensor, k: Tensor, blocks: _Blocks, queries: slice, keys: slice) -> Tensor:
-    scores = torch.bmm(q, k.transpose(1, 2))
+def _rows(x: Tensor, queries: slice) -> Tensor:
+    """[batch·kv_heads, group, seq, d] → [batch·kv_heads, group·queries, d]."""
+    return x[:, :, queries].reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _probabilities(
+    scaled: Tensor, k: Tensor, blocks: _Blocks, queries: slice, keys: slice, out: Tensor | None = None
+) -> Tensor:
+    scores = torch.bmm(scaled, k.transpose(1, 2))
     blocks.mask_(scores, queries, keys)
-    return scores.softmax(-1)
+    p: Tensor = torch.softmax(scores, -1, out=out)
+    return p
 
 
 @_attention_cpu.register_fake
@@ -235,30 +246,28 @@ def _attention_cpu_backward(
     dV = Pᵀ dO;  dP = dO Vᵀ;  dS = P ∘ (dP - rowsum(P ∘ dP));  dQ = scale dS K;  dK = scale dSᵀ Q
     Keys meet several query blocks, so their gradients are summed in at least fp32.
     """
-    batch, seq, head_dim, kv_heads = q.shape[0], q.shape[1], q.shape[3], k.shape[2]
-    q, k, v = _grouped(q, kv_heads) * scale, _grouped(k, kv_heads)[:, 0], _grouped(v, kv_heads)[:, 0]
-    grad = _grouped(grad, kv_heads)
+    batch, seq, kv_heads = q.shape[0], q.shape[1], k.shape[2]
+    q, k, v = _grouped(q, kv_heads), _grouped(k, kv_heads)[:, 0], _grouped(v, kv_heads)[:, 0]
     sum_dtype = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty_like(q)
-    blocks = _Blocks(batch, seq, doc_starts, window, q.dtype)
     dk, dv = torch.zeros_like(k, dtype=sum_dtype), torch.zeros_like(v, dtype=sum_dtype)
+    blocks = _Blocks(batch, seq, doc_starts, window, q.dtype)
     used = 0
     for queries, keys in blocks:
-        q_block = q[:, :, queries].reshape(q.shape[0], -1, head_dim)
-        do = grad[:, :, queries].reshape(q_block.shape)
+        scaled = _rows(q, queries) * scale
+        do = _grouped(grad[:, queries], kv_heads).view(scaled.shape)
         if kept.numel():
-            shape = (q_block.shape[0], q_block.shape[1], keys.stop - keys.start)
-            size = shape[0] * shape[1] * shape[2]
-            p = kept[used : used + size].view(shape)
-            used += size
+            shape = (*scaled.shape[:2], keys.stop - keys.start)
+            p = kept[used : used + math.prod(shape)].view(shape)
+            used += p.numel()
         else:
-            p = _probabilities(q_block, k[:, keys], blocks, queries, keys)
+            p = _probabilities(scaled, k[:, keys], blocks, queries, keys)
         dv[:, keys] += torch.bmm(p.transpose(1, 2), do)
         dp = torch.bmm(do, v[:, keys].transpose(1, 2))
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-        dq[:, :, queries] = torch.bmm(ds, k[:, keys]).view(dq[:, :, queries].shape)
-        dk[:, keys] += torch.bmm(ds.transpose(1, 2), q_block)
-    dq.mul_(scale)
+        target = dq[:, :, queries]
+        torch.mul(torch.bmm(ds, k[:, keys]).view(target.shape), scale, out=target)
+        dk[:, keys] += torch.bmm(ds.transpose(1, 2), scaled)
     return (
         _ungrouped(dq, batch),
         _ungrouped(dk.to(k.dtype)[:, None], batch),

@@ -130,7 +130,7 @@ class Manifest(_Record):
     position: int = Field(ge=0)
     world: dict[str, int]
     meta: dict[str, Any]
-    files: Annotated[tuple[FileEntry, ...], FailFast()]
+    files: Annotated[tuple[FileEntry, ...], FailFast()] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

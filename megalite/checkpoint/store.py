@@ -175,7 +175,7 @@ def save(
 
     Comm:    three gathers of small JSON over the world
     Raises:  CheckpointError, the same on all ranks, if any rank fails; older checkpoints stay as they
-             were and nothing half-written stays behind
+             were and nothing half-written stays behind. If a rank dies, the collective's own error
     """
     if keep_last < 1:
         raise CheckpointError(f"checkpoint.keep_last={keep_last}; keep at least 1")
@@ -324,7 +324,7 @@ def _explain(error: Exception, root: Path) -> str:
     if isinstance(error, ValidationError):
         return explain(error)
     if not isinstance(error, OSError):
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}".splitlines()[0]
     code = errno.errorcode.get(error.errno or 0, "")
     place = f" at {error.filename}" if error.filename else ""
     there = next((folder for folder in (root, *root.parents) if folder.is_dir()), Path("/"))

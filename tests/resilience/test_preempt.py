@@ -1,0 +1,94 @@
+"""Signals only leave a mark; all ranks save together and exit 75, whichever of them heard."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalite.checkpoint.store import open_checkpoint
+from megalite.errors import PreemptedError
+from megalite.parallel.collectives import all_reduce
+from megalite.parallel.mesh import build_mesh
+from megalite.resilience import preempt
+from megalite.resilience.preempt import PreemptionFlag
+from tests.checkpoint.helpers import check, save_step
+from tests.ranks import join_ranks, spawn_ranks
+
+
+@pytest.mark.parametrize("number", PreemptionFlag.signals)
+def test_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals) -> None:
+    with PreemptionFlag() as flag:
+        assert not flag.requested
+        os.kill(os.getpid(), number)
+        assert flag.requested
+        assert flag.cause == number.name
+
+
+def test_the_first_cause_is_remembered() -> None:
+    with PreemptionFlag() as flag:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert flag.cause == "SIGUSR1"
+
+
+def test_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in PreemptionFlag.signals]
+    with pytest.raises(ZeroDivisionError), PreemptionFlag():
+        assert [signal.getsignal(number) for number in PreemptionFlag.signals] != before
+        raise ZeroDivisionError
+    assert [signal.getsignal(number) for number in PreemptionFlag.signals] == before
+
+
+def test_one_key_press_that_arrives_twice_is_one() -> None:
+    with PreemptionFlag() as flag:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert flag.requested
+
+
+def interrupt_twice() -> None:
+    """Press Ctrl-C, wait, and press it again: nothing after that runs."""
+    preempt._REPEAT_S = 0.05
+    try:
+        with PreemptionFlag():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os._exit(3)
+
+
+def test_a_second_interrupt_ends_the_process_at_once() -> None:
+    assert join_ranks(spawn_ranks(interrupt_twice, 1)) == [-signal.SIGINT]
+
+
+def train_until_asked(root: str) -> None:
+    """Steps that agree on the flag, a save by all, exit 75; reports readiness by a file."""
+    mesh = build_mesh()
+    with PreemptionFlag() as flag:
+        for step in range(1, 10_000):
+            asked = all_reduce(torch.tensor([float(flag.requested)]), mesh.world)
+            if asked:
+                save_step(mesh, root, step)
+                sys.exit(PreemptedError.exit_code)
+            Path(root, f"ready_{mesh.rank}").touch()
+            time.sleep(0.002)
+
+
+@pytest.mark.parametrize("who", [(0,), (1,), (1, 0)])
+def test_whoever_hears_it_all_save_and_exit_75(tmp_path: Path, who: tuple[int, ...]) -> None:
+    processes = spawn_ranks(train_until_asked, 2, str(tmp_path))
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.glob("ready_*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    for rank in who:
+        os.kill(processes[rank].pid or 0, signal.SIGTERM)
+        time.sleep(0.01)  # as a launcher that signals its ranks one after another
+    assert join_ranks(processes, timeout_s=20) == [75, 75]
+    check(open_checkpoint(tmp_path))
