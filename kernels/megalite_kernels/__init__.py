@@ -12,7 +12,7 @@ from megalite_kernels.embedding import embedding
 from megalite_kernels.linear_cross_entropy import linear_cross_entropy
 from megalite_kernels.mlp import gelu, swiglu
 from megalite_kernels.norm import layer_norm, rms_norm
-from megalite_kernels.rope import rope, rope_tables
+from megalite_kernels.rope import rope
 
 __all__ = [
     "adamw_",
@@ -24,6 +24,5 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rope",
-    "rope_tables",
     "swiglu",
 ]

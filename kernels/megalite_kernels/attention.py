@@ -158,6 +158,10 @@ class _Blocks:
             by_row.masked_fill_(hidden[:, None, None], float("-inf"))
 
 
+def _area(queries: slice, keys: slice) -> int:
+    return int((queries.stop - queries.start) * (keys.stop - keys.start))
+
+
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     """[batch, seq, heads, d] → [batch·kv_heads, group, seq, d], contiguous."""
     batch, seq, heads, head_dim = x.shape
@@ -250,29 +254,39 @@ def _attention_cpu_backward(
     q, k, v = _grouped(q, kv_heads), _grouped(k, kv_heads)[:, 0], _grouped(v, kv_heads)[:, 0]
     sum_dtype = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty_like(q)
-    dk, dv = torch.zeros_like(k, dtype=sum_dtype), torch.zeros_like(v, dtype=sum_dtype)
+    dk, dv = torch.empty_like(k, dtype=sum_dtype), torch.empty_like(v, dtype=sum_dtype)
     blocks = _Blocks(batch, seq, doc_starts, window, q.dtype)
-    used = 0
-    for queries, keys in blocks:
+    # Backwards, since the last block sees the most keys: its sums are stored, not added to zeros.
+    stored, used = seq, sum(q.shape[0] * q.shape[1] * _area(*place) for place in blocks)
+    for queries, keys in reversed(list(blocks)):
         scaled = _rows(q, queries) * scale
-        do = _grouped(grad[:, queries], kv_heads).view(scaled.shape)
+        do = _grouped(grad[:, queries], kv_heads).reshape(scaled.shape)
         if kept.numel():
             shape = (*scaled.shape[:2], keys.stop - keys.start)
+            used -= math.prod(shape)
             p = kept[used : used + math.prod(shape)].view(shape)
-            used += p.numel()
         else:
             p = _probabilities(scaled, k[:, keys], blocks, queries, keys)
-        dv[:, keys] += torch.bmm(p.transpose(1, 2), do)
+        _add_keys(dv, torch.bmm(p.transpose(1, 2), do), keys, stored)
         dp = torch.bmm(do, v[:, keys].transpose(1, 2))
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
         target = dq[:, :, queries]
         torch.mul(torch.bmm(ds, k[:, keys]).view(target.shape), scale, out=target)
-        dk[:, keys] += torch.bmm(ds.transpose(1, 2), scaled)
+        _add_keys(dk, torch.bmm(ds.transpose(1, 2), scaled), keys, stored)
+        stored = min(stored, keys.start)
     return (
         _ungrouped(dq, batch),
         _ungrouped(dk.to(k.dtype)[:, None], batch),
         _ungrouped(dv.to(v.dtype)[:, None], batch),
     )
+
+
+def _add_keys(total: Tensor, part: Tensor, keys: slice, stored: int) -> None:
+    """total[:, keys] += part, where keys before `stored` hold nothing yet; [batch·kv_heads, keys, d]."""
+    fresh = max(min(stored, keys.stop) - keys.start, 0)
+    total[:, keys.start : keys.start + fresh] = part[:, :fresh]
+    if fresh < part.shape[1]:
+        total[:, keys.start + fresh : keys.stop] += part[:, fresh:]
 
 
 @_attention_cpu_backward.register_fake

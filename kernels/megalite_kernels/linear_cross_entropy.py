@@ -7,8 +7,6 @@ any size costs one chunk of memory.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 from megalite_kernels.dispatch import Impl, resolve
 
 IGNORE_INDEX = -100
-_CPU_ROWS = 64
+_CPU_ROWS = 32
 
 
 def linear_cross_entropy(
@@ -28,14 +26,13 @@ def linear_cross_entropy(
     *,
     z_loss: float = 0.0,
     chunk_tokens: int = 1024,
-    fused: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The summed cross-entropy of `x @ weightᵀ` against `targets`, plus the z-loss.
 
     loss = Σ_t lse_t - logit_t[target_t] + z_loss · lse_t²  over the t whose target is not -100.
     Softmax and sums are in fp32 (or wider). Returns the loss, and the part of it that is z-loss,
-    which carries no gradient of its own; both 0-dim. `fused` compiles the softmax with torch.compile.
+    which carries no gradient of its own; both 0-dim.
 
     Shapes:  x [tokens, hidden]; weight [vocab, hidden]; targets [tokens] int64
     Raises:  IndexError or RuntimeError from torch if a target is neither -100 nor in the vocabulary
@@ -44,7 +41,7 @@ def linear_cross_entropy(
     if resolve(impl) == "reference":
         return linear_cross_entropy_reference(x, weight, targets, z_loss=z_loss)
     loss, z = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        x, weight, targets, z_loss, chunk_tokens, fused
+        x, weight, targets, z_loss, chunk_tokens
     )
     return loss, z
 
@@ -64,18 +61,18 @@ def linear_cross_entropy_reference(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk_tokens: int, fused: bool
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk_tokens: int
     ) -> tuple[Tensor, Tensor]:
         backward = any(ctx.needs_input_grad[:2])
-        loss, z, dx, dw = _chunked(x, weight, targets, z_loss, chunk_tokens, fused, backward)
+        loss, z, dx, dw = _chunked(x, weight, targets, z_loss, chunk_tokens, backward)
         ctx.save_for_backward(dx, dw)
         ctx.mark_non_differentiable(z)
         return loss, z
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dx, dw = ctx.saved_tensors
-        return dx * grads[0], dw * grads[0], None, None, None, None
+        return dx * grads[0], dw * grads[0], None, None, None
 
 
 def _chunked(
@@ -84,7 +81,6 @@ def _chunked(
     targets: Tensor,
     z_loss: float,
     chunk_tokens: int,
-    fused: bool,
     backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Loss, z part, and (if asked) dx in x's dtype and dw in at least fp32."""
@@ -92,9 +88,8 @@ def _chunked(
     sums = x.new_zeros(2, dtype=wide)
     dx = torch.empty_like(x) if backward else None
     dw = torch.zeros_like(weight, dtype=wide) if backward else None
-    softmax_rows = _compiled_softmax_rows() if fused else _softmax_rows
     # On CPU the fp32 work is done a few rows at a time, so that it stays in a core's cache.
-    block = _CPU_ROWS if x.device.type == "cpu" and not fused else chunk_tokens
+    block = _CPU_ROWS if x.device.type == "cpu" else chunk_tokens
     # One buffer serves every chunk: fresh memory for each would cost more in page faults than the
     # softmax in arithmetic.
     buffer = x.new_empty(min(chunk_tokens, x.shape[0]), weight.shape[0])
@@ -103,7 +98,7 @@ def _chunked(
         logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
         for low in range(0, rows.shape[0], block):
             part = logits[low : low + block]
-            gradient, row_sums = softmax_rows(part, chunk_targets[low : low + block], z_loss)
+            gradient, row_sums = _softmax_rows(part, chunk_targets[low : low + block], z_loss)
             sums += row_sums
             if backward:
                 part.copy_(gradient)
@@ -121,26 +116,19 @@ def _softmax_rows(logits: Tensor, target: Tensor, z_loss: float) -> tuple[Tensor
 
     Shapes:  logits [rows, vocab]; target [rows, 1]
     """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    valid = (target != IGNORE_INDEX).to(wide)
+    valid = (target != IGNORE_INDEX).to(torch.promote_types(logits.dtype, torch.float32))
     target = target.masked_fill(target == IGNORE_INDEX, 0)
-    p = logits.to(wide)
-    largest, target_logit = p.amax(-1, keepdim=True), p.gather(1, target)
-    p = (p - largest).exp_()
-    total = p.sum(-1, keepdim=True)
-    lse = largest + total.log()
+    wide = logits.to(valid.dtype)
+    p = wide.softmax(-1)
+    # The largest probability is exp(largest logit - lse): the row's log-sum-exp for the price of two
+    # maxima, where a logsumexp would compute every exponential again.
+    lse = wide.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+    target_logit = wide.gather(1, target)
     z = z_loss * lse.square() * valid
     loss = (lse - target_logit) * valid + z
     factor = valid * (1 + 2 * z_loss * lse)
-    gradient = p.mul_(factor / total).to(logits.dtype)
+    gradient = p.mul_(factor).to(logits.dtype)
     # The target's element is p - 1, formed in fp32: near p = 1 a rounded p would leave nothing.
     at_target = (target_logit - lse).exp() * factor - valid
-    return gradient.scatter(1, target, at_target.to(logits.dtype)), torch.cat(
-        (loss.sum()[None], z.sum()[None])
-    )
-
-
-@functools.cache
-def _compiled_softmax_rows() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
-    compiled: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = torch.compile(_softmax_rows)
-    return compiled
+    gradient.scatter_(1, target, at_target.to(logits.dtype))
+    return gradient, torch.cat((loss.sum()[None], z.sum()[None]))

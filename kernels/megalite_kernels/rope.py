@@ -15,8 +15,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, impl: Impl = "auto") -> Tensor:
 
     y₁ = x₁ cos - x₂ sin;  y₂ = x₂ cos + x₁ sin, for the two halves of a head, in fp32.
 
-    Shapes:  x [batch, seq, heads, head_dim]; cos, sin [batch or 1, seq, head_dim] from
-             `rope_tables`; returns x's shape and dtype, stored heads before seq as attention reads
+    Shapes:  x [batch, seq, heads, head_dim]; cos, sin [batch or 1, seq, head_dim/2]
+             fp32; returns x's shape and dtype, stored heads before seq as attention reads
     Source:  Su et al. 2021, eq. 34 (pairing of halves as in GPT-NeoX and Llama)
     """
     if resolve(impl) == "reference":
@@ -25,20 +25,10 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, impl: Impl = "auto") -> Tensor:
     return y
 
 
-def rope_tables(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """What `rope` multiplies by: (cos | cos) and (-sin | sin), so that a rotation is two products.
-
-    Shapes:  angles [batch or 1, seq, head_dim/2]; returns two of [batch or 1, seq, head_dim]
-    """
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`rope` as its formula reads."""
-    half = x.shape[-1] // 2
     first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, :, None, :half], sin[:, :, None, half:]
+    cos, sin = cos[:, :, None], sin[:, :, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
@@ -58,5 +48,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = x.transpose(1, 2).to(
         torch.promote_types(x.dtype, cos.dtype), memory_format=torch.contiguous_format
     )
-    swapped = wide.roll(x.shape[-1] // 2, dims=-1)
-    return (wide * cos[:, None]).addcmul_(swapped, sin[:, None]).to(x.dtype).transpose(1, 2)
+    first, second = wide.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    y = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    return y.to(x.dtype).transpose(1, 2)

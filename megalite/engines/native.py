@@ -137,5 +137,4 @@ class NativeEngine:
             dropout_keys=keys,
             z_loss=self.config.train.z_loss if training else 0.0,
             chunk_tokens=self.config.train.loss_chunk_tokens,
-            fused=self.config.train.compile,
         )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.config import ModelConfig
-from megalite_kernels import attention, rms_norm, rope, rope_tables
+from megalite_kernels import attention, rms_norm, rope
 
 
 @dataclass
@@ -63,11 +63,12 @@ class Attention(nn.Module):
 
 
 def rotation(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """The tables by which `rope` turns each position, fp32 [batch or 1, seq, head_dim] each.
+    """Cosines and sines of every position's angles, fp32 [batch or 1, seq, head_dim/2] each.
 
     The angles are formed in fp32, as every published model was trained with.
     """
-    return rope_tables(positions[..., None].float() * rope_frequencies(config).to(positions.device))
+    angles = positions[..., None].float() * rope_frequencies(config).to(positions.device)
+    return angles.cos(), angles.sin()
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

@@ -146,7 +146,6 @@ class Transformer(nn.Module):
         dropout_keys: Tensor | None = None,
         z_loss: float = 0.0,
         chunk_tokens: int = 1024,
-        fused: bool = False,
     ) -> Losses:
         """Summed next-token losses; labels [batch, seq] with -100 where nothing is asked."""
         hidden = self(tokens, positions, doc_starts, dropout_keys=dropout_keys).flatten(0, 1)
@@ -156,7 +155,6 @@ class Transformer(nn.Module):
             labels.flatten(),
             z_loss=z_loss,
             chunk_tokens=chunk_tokens,
-            fused=fused,
         )
         return Losses(total, z, (labels != -100).sum())
 

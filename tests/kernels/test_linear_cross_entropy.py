@@ -42,16 +42,6 @@ def test_values_and_gradients(ignored: str, chunk_tokens: int, z_loss: float) ->
     assert_same(*_pair(_targets(ignored), z_loss=z_loss, chunk_tokens=chunk_tokens), inputs)
 
 
-@pytest.mark.slow
-def test_fused_softmax_gives_the_same() -> None:
-    inputs = [random(TOKENS, HIDDEN), random(VOCAB, HIDDEN, seed=1)]
-    ours = _pair(_targets("some"), z_loss=0.1, chunk_tokens=16, fused=True)[0]
-    formula = _pair(_targets("some"), z_loss=0.1)[1]
-    assert_same(ours, formula, inputs)
-    low = [x.float() for x in inputs]
-    assert_as_exact_as_torch(ours, formula, low, dtype=torch.float32, atol=1e-5)
-
-
 def test_everything_ignored_is_zero() -> None:
     x = random(TOKENS, HIDDEN).requires_grad_()
     loss, z = linear_cross_entropy(x, random(VOCAB, HIDDEN), _targets("all"), z_loss=0.1)
