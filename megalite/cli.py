@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megalite import __version__
-from megalite.errors import ConfigError, HangError, MegaliteError
+from megalite.errors import ConfigError, DataError, HangError, MegaliteError
 
 if TYPE_CHECKING:
     from megalite.config import Config
@@ -49,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(error: MegaliteError) -> int:
     rank = os.environ.get("RANK", "0")
-    # Errors agreed by all ranks are printed once; a lost peer is each rank's own news.
-    if rank == "0" or isinstance(error, HangError) or not os.environ.get("WORLD_SIZE"):
-        who = f"rank {rank}: " if isinstance(error, HangError) and os.environ.get("WORLD_SIZE") else ""
+    # What all ranks know is said once; a lost peer or a corrupt batch is one rank's own news.
+    is_own = isinstance(error, (HangError, DataError)) and not error.is_shared
+    if rank == "0" or is_own:
+        who = f"rank {rank}: " if is_own and "WORLD_SIZE" in os.environ else ""
         print(f"megalite: {who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     return error.exit_code
 

@@ -10,6 +10,7 @@ class MegaliteError(Exception):
     """Base of all errors megalite raises on purpose; the CLI prints it on one line."""
 
     exit_code = 2
+    is_shared = False  # whether every rank raised it alike, so that one of them may speak for all
 
 
 class ConfigError(MegaliteError):

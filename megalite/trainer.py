@@ -10,28 +10,31 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from megalite.checkpoint.store import Checkpoint, newest, save
 from megalite.config import Config
-from megalite.config_file import changed_keys
+from megalite.config_file import changed_keys, to_toml
 from megalite.data.loader import Batch, DataLoader, check_same_tokenizer, open_sources
 from megalite.data.tokenizer import load_tokenizer
 from megalite.engines.allocator import keep_freed_memory
 from megalite.engines.engine import Engine, StepSums
 from megalite.engines.native import NativeEngine
-from megalite.errors import CheckpointError, ConfigError, DivergedError, PreemptedError
+from megalite.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError
 from megalite.log import RunLog
 from megalite.model.flops import peak_flops, token_flops
 from megalite.optim.lr import learning_rate
-from megalite.parallel.collectives import all_reduce, barrier, gather_json
+from megalite.parallel.collectives import all_reduce, gather_json
 from megalite.parallel.mesh import Mesh
 from megalite.resilience.preempt import PreemptionFlag
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Trainer:
         self._agree_on_config()
         if mesh.device.type == "cpu":
             keep_freed_memory()
-        self.loader, self.validation = self._open_data()
+        self.loader, self.validation = self._together(self._open_data)
         self.engine: Engine = NativeEngine(config, mesh)
         self.step = 0  # optimizer steps taken or skipped
         self.position = 0  # samples consumed
@@ -69,9 +72,7 @@ class Trainer:
         self._flops = token_flops(config.model, config.data.seq_len)
         self._peak_flops = peak_flops(mesh.device)
         self._saved_step = -1
-        if mesh.rank == 0:
-            self._prepare_run_dir()
-        barrier(mesh.world, mesh.device)
+        self._together(self._prepare_run_dir)
         self.log = RunLog(self.run_dir, mesh.rank == 0, config.train.steps, config.log.every_steps)
         self._restore()
 
@@ -191,6 +192,20 @@ class Trainer:
             for key, (here, there) in changed_keys(configs[0], other).items():
                 raise ConfigError(f"{key}={here!r} on rank 0 but {there!r} on rank {rank}; use one config")
 
+    def _together(self, action: Callable[[], T]) -> T:
+        """What `action` returns, once it has succeeded on every rank; else the first failure, on all."""
+        failure = None
+        try:
+            result = action()
+        except (ConfigError, DataError) as error:
+            failure = [type(error).__name__, str(error)]
+        for found in gather_json(failure, self.mesh.world, self.mesh.device):
+            if found is not None:
+                shared = {"ConfigError": ConfigError, "DataError": DataError}[found[0]](found[1])
+                shared.is_shared = True
+                raise shared
+        return result
+
     def _open_data(self) -> tuple[DataLoader, DataLoader | None]:
         config = self.config
         if not config.data.sources:
@@ -211,8 +226,8 @@ class Trainer:
         return loader, DataLoader(held_out, shuffle=False, **shape) if held_out else None
 
     def _prepare_run_dir(self) -> None:
-        from megalite.config_file import to_toml
-
+        if self.mesh.rank > 0:
+            return
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.toml").write_text(to_toml(self.config), encoding="utf-8")

@@ -255,6 +255,27 @@ def _expect_disagreement(mesh: Mesh, config: Config) -> str:
     return str(caught.value)
 
 
+def _expect_a_peers_trouble(mesh: Mesh, config: Config) -> tuple[str, bool]:
+    import megalite.trainer
+
+    def gone(sources: object) -> None:
+        raise DataError("this host has no data/train")
+
+    original = megalite.trainer.open_sources
+    if mesh.rank == 1:
+        megalite.trainer.open_sources = gone  # type: ignore[assignment]
+    try:
+        with pytest.raises(DataError) as caught:
+            Trainer(config, mesh)
+    finally:
+        megalite.trainer.open_sources = original
+    return str(caught.value), caught.value.is_shared
+
+
+def test_data_missing_on_one_rank_stops_all_with_its_reason(root: Path) -> None:
+    assert run_ranks(_expect_a_peers_trouble, 2, tiny(root)) == [("this host has no data/train", True)] * 2
+
+
 def test_ranks_with_different_configs_do_not_start(root: Path) -> None:
     for text in run_ranks(_expect_disagreement, 2, tiny(root)):
         assert "optim.lr=0.1 on rank 0 but 1.1 on rank 1" in text
