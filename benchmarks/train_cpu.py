@@ -44,6 +44,7 @@ def megalite_step(mode: str, precision: str, batch: int, seq: int, mesh: Any = N
     from megalite.data.loader import Batch
     from megalite.engines.allocator import keep_freed_memory
     from megalite.engines.native import NativeEngine
+    from megalite.parallel.collectives import all_reduce
     from megalite.parallel.mesh import Axis, Mesh
 
     mesh = mesh or Mesh(0, 1, Axis(), torch.device("cpu"))
@@ -77,7 +78,8 @@ def megalite_step(mode: str, precision: str, batch: int, seq: int, mesh: Any = N
 
     def step() -> None:
         sums = engine.forward_backward([data])
-        norm = float(np.sqrt(sums.grad_norm_squared))
+        squared = torch.tensor(sums.grad_norm_squared, dtype=torch.float64)
+        norm = float(all_reduce(squared, mesh.dp).sqrt())
         engine.optimizer_step(1e-4, min(1.0, 1.0 / norm))
 
     return step

@@ -87,7 +87,9 @@ def _chunked(
     wide = torch.promote_types(x.dtype, torch.float32)
     sums = x.new_zeros(2, dtype=wide)
     dx = torch.empty_like(x) if backward else None
-    dw = torch.zeros_like(weight, dtype=wide) if backward else None
+    dw = torch.empty_like(weight, dtype=wide) if backward else None
+    if dw is not None and not x.shape[0]:
+        dw.zero_()
     # On CPU the fp32 work is done a few rows at a time, so that it stays in a core's cache.
     block = _CPU_ROWS if x.device.type == "cpu" else chunk_tokens
     # One buffer serves every chunk: fresh memory for each would cost more in page faults than the
@@ -104,7 +106,9 @@ def _chunked(
                 part.copy_(gradient)
         if dx is not None and dw is not None:
             torch.mm(logits, weight, out=dx[start : start + chunk_tokens])
-            if logits.dtype == wide:
+            if start == 0:
+                dw.copy_(logits.t() @ rows)
+            elif logits.dtype == wide:
                 dw.addmm_(logits.t(), rows)
             else:
                 dw += logits.t() @ rows
