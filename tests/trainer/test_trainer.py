@@ -26,6 +26,14 @@ def test_loss_falls_below_what_frequencies_alone_allow(root: Path, alone: Mesh) 
     assert records[-1]["position"] == 60 * 24
 
 
+def test_tokens_are_counted_exactly(root: Path, alone: Mesh) -> None:
+    config = tiny(root, "train.steps=3")
+    loader = Trainer(config, alone).loader
+    valid = [int((loader.batch(range(24 * step, 24 * (step + 1))).labels >= 0).sum()) for step in range(3)]
+    assert 0 < valid[0] < 24 * 32  # some labels lie on a document's edge
+    assert [r["tokens"] for r in train(alone, config)] == [sum(valid[: n + 1]) for n in range(3)]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resume_is_bit_identical(root: Path, alone: Mesh, precision: str) -> None:
     common = [
