@@ -24,7 +24,6 @@ setup(
         "pyarrow>=17",
         "pydantic>=2.8",
         "safetensors>=0.4.5",
-        "zstandard>=0.22",
         "rich>=13.7",
     ],
     extras_require={
@@ -36,6 +35,7 @@ setup(
             "deepspeed>=0.19",
             "pytest>=8.0",
             "hypothesis>=6.100",
+            "zstandard>=0.22",
             "ruff==0.17.6",
             "mypy==2.4.1",
         ],

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from megalite.cli import main
 from megalite.config_file import to_toml
+from tests.ranks import join_ranks, spawn_ranks
 from tests.trainer.runs import metrics, tiny, write_dataset
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -103,6 +106,23 @@ def test_launchers_give_the_curve_of_one_process(config: Path, tmp_path: Path, l
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
     assert done.stderr.count("step 6/6") == 1 or done.stdout.count("step 6/6") == 1  # one rank speaks
+
+
+def _command(arguments: list[str]) -> None:
+    raise SystemExit(main(arguments))
+
+
+def test_a_lost_peer_ends_the_others_with_76(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    endless = ["train.steps=1000000", "optim.schedule=constant", "checkpoint.every_steps=0"]
+    processes = spawn_ranks(_command, 2, ["train", str(config), f"run_dir={run}", *endless])
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not ((run / "metrics.jsonl").exists() and metrics(run)):
+        time.sleep(0.02)
+    pid = processes[1].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    assert join_ranks(processes, timeout_s=20) == [76, -9]
 
 
 def test_a_second_call_continues_and_a_third_finds_nothing_to_do(config: Path, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ than torch's CPU flash attention, which remains the check. Elsewhere torch's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from megalite_kernels.dispatch import Impl, resolve
 
@@ -55,7 +56,12 @@ def attention(
         # A copy in the layout the blocks read, so that saving it for backward does not keep the
         # whole fused projection that v is usually a slice of.
         v = v.transpose(1, 2).contiguous().transpose(1, 2)
-        output: Tensor = _attention_cpu(q, k, v, doc_starts, window, scale, keep)[0]
+        # As one operator where somebody looks at operators: torch.compile, or a dispatch mode such as
+        # selective recompute. Elsewhere as a plain function: calling a Python operator makes torch
+        # import its compiler, a second of start-up and a tenth of a gigabyte.
+        is_watched = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+        call: Callable[..., tuple[Tensor, Tensor]] = _attention_cpu if is_watched else _AttentionCPU.apply
+        output: Tensor = call(q, k, v, doc_starts, window, scale, keep)[0]
         return output
     return _attention_sdpa(q, k, v, doc_starts, window, scale)
 
@@ -173,8 +179,7 @@ def _ungrouped(x: Tensor, batch: int) -> Tensor:
     return x.view(batch, -1, *x.shape[-2:]).transpose(1, 2)
 
 
-@torch.library.custom_op("megalite::attention_cpu", mutates_args=())
-def _attention_cpu(
+def _forward_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -218,6 +223,9 @@ def _probabilities(
     return p
 
 
+_attention_cpu = torch.library.custom_op("megalite::attention_cpu", _forward_cpu, mutates_args=())
+
+
 @_attention_cpu.register_fake
 def _(
     q: Tensor,
@@ -234,8 +242,7 @@ def _(
     return q.new_empty(q.shape), kept
 
 
-@torch.library.custom_op("megalite::attention_cpu_backward", mutates_args=())
-def _attention_cpu_backward(
+def _backward_cpu(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -289,6 +296,11 @@ def _add_keys(total: Tensor, part: Tensor, keys: slice, stored: int) -> None:
         total[:, keys.start + fresh : keys.stop] += part[:, fresh:]
 
 
+_attention_cpu_backward = torch.library.custom_op(
+    "megalite::attention_cpu_backward", _backward_cpu, mutates_args=()
+)
+
+
 @_attention_cpu_backward.register_fake
 def _(
     grad: Tensor,
@@ -318,3 +330,20 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _attention_cpu.register_autograd(_backward, setup_context=_save)
+
+
+class _AttentionCPU(torch.autograd.Function):
+    """The same two functions without the operator around them."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward_cpu(*inputs)
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, kept, doc_starts = ctx.saved_tensors
+        dq, dk, dv = _backward_cpu(grads[0], q, k, v, kept, doc_starts, ctx.window, ctx.scale)
+        return dq, dk, dv, None, None, None, None

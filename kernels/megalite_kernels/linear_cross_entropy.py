@@ -25,7 +25,7 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     z_loss: float = 0.0,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = 512,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The summed cross-entropy of `x @ weightᵀ` against `targets`, plus the z-loss.

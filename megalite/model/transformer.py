@@ -145,7 +145,7 @@ class Transformer(nn.Module):
         *,
         dropout_keys: Tensor | None = None,
         z_loss: float = 0.0,
-        chunk_tokens: int = 1024,
+        chunk_tokens: int = 512,
     ) -> Losses:
         """Summed next-token losses; labels [batch, seq] with -100 where nothing is asked."""
         hidden = self(tokens, positions, doc_starts, dropout_keys=dropout_keys).flatten(0, 1)
