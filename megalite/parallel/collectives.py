@@ -49,11 +49,6 @@ def start_all_gather(output: Tensor, part: Tensor, axis: Axis) -> dist.Work:
     return _all_gather(whole, part, group=axis.group, async_op=True)
 
 
-def barrier(axis: Axis, device: torch.device) -> None:
-    """Return once every process of the axis has called this."""
-    all_reduce(torch.zeros(1, device=device), axis)
-
-
 def gather_json(value: Any, axis: Axis, device: torch.device) -> list[Any]:
     """Every process's JSON-able value, in rank order, on every process."""
     if axis.group is None:
@@ -70,8 +65,3 @@ def gather_json(value: Any, axis: Axis, device: torch.device) -> list[Any]:
         json.loads(part[:length].cpu().numpy().tobytes())
         for part, length in zip(received, lengths, strict=True)
     ]
-
-
-def broadcast_json(value: Any, axis: Axis, device: torch.device) -> Any:
-    """The axis's rank 0's JSON-able value, on every process."""
-    return gather_json(value if axis.rank == 0 else None, axis, device)[0]
