@@ -153,7 +153,8 @@ def _explain(error: ValidationError, path: Path | None, source: str, overridden:
     else:
         expected = first["msg"].removeprefix("Input should be ")
         text = f"{key}={value!r}: should be {expected} ({_describe(where)})"
-    place = "command line" if key in overridden else _locate(path, source, where)
+    is_overridden = any(f"{name}.".startswith(f"{key}.") for name in overridden)
+    place = "command line" if is_overridden else _locate(path, source, where)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{text}{f' ({place})' if place else ''}{more}"
 

@@ -119,6 +119,7 @@ MISTAKES = [
     (TOML, ["model.num_heads=5"], ["hidden_size=64", "num_heads=5"]),
     (TOML, ["model.head_dim=15"], ["head_dim=15", "even"]),
     (TOML, ["data.seq_len=9000"], ["data.seq_len=9000", "model.max_seq_len=8192"]),
+    (TOML, ["trian.steps=3"], ["unknown key trian", "did you mean train?", "command line"]),
     (TOML, ["train.precision=fp8"], ["train.precision='fp8'", "'fp32' or 'bf16'"]),
     (TOML, ["mesh.zero_stage=3"], ["mesh.zero_stage=3", "0 or 1"]),
     (TOML, ["optim.warmup_steps=11"], ["= 11", "train.steps=10"]),
