@@ -72,9 +72,12 @@ class Trainer:
         self._flops = token_flops(config.model, config.data.seq_len)
         self._peak_flops = peak_flops(mesh.device)
         self._saved_step = -1
+        found = newest(self.run_dir / "checkpoints", mesh)
+        self._restore(found)
+        # Not before: a config that does not fit the run in run_dir must leave its files alone.
         self._together(self._prepare_run_dir)
         self.log = RunLog(self.run_dir, mesh.rank == 0, config.train.steps, config.log.every_steps)
-        self._restore()
+        self._announce(found)
 
     # --- the loop -------------------------------------------------------------------------------
 
@@ -235,29 +238,32 @@ class Trainer:
         except OSError as error:
             raise ConfigError(f"run_dir={str(self.run_dir)!r} cannot be written: {error.strerror}") from None
 
-    def _restore(self) -> None:
-        """Start from the newest checkpoint that verifies, else from the seed."""
-        found = newest(self.run_dir / "checkpoints", self.mesh)
+    def _restore(self, found: Checkpoint | None) -> None:
+        """Start from the newest checkpoint that verifies, else from the seed.
+
+        Raises:  CheckpointError if it is of another model or tokenizer
+        """
         if found is None:
             self.engine.initialize()
-            self.log.event("start", 0, processes=self.mesh.size, parameters=self.engine.num_parameters)
             return
-        self._check_continuity(found)
-        self.engine.load_state(found)
-        self.step, self.position = found.step, found.position
-        self.tokens = int(found.meta["tokens"])
-        self.skipped_in_a_row = int(found.meta["skipped_in_a_row"])
-        self._saved_step = self.step
-        self.log.event("resume", self.step, processes=self.mesh.size, refused=list(found.refused))
-        self.log.say(f"continuing {self.run_dir} at step {self.step} of {self.config.train.steps}")
-
-    def _check_continuity(self, found: Checkpoint) -> None:
         fingerprint = self.loader.datasets[0].tokenizer.fingerprint
         if found.meta["tokenizer"] != fingerprint:
             raise CheckpointError(
                 f"{found.folder} was trained with tokenizer {found.meta['tokenizer'][:16]}…, data.sources "
                 f"holds {fingerprint[:16]}…; use the same dataset's tokenizer or another run_dir"
             )
+        self.engine.load_state(found)
+        self.step, self.position = found.step, found.position
+        self.tokens = int(found.meta["tokens"])
+        self.skipped_in_a_row = int(found.meta["skipped_in_a_row"])
+        self._saved_step = self.step
+
+    def _announce(self, found: Checkpoint | None) -> None:
+        if found is None:
+            self.log.event("start", 0, processes=self.mesh.size, parameters=self.engine.num_parameters)
+            return
+        self.log.event("resume", self.step, processes=self.mesh.size, refused=list(found.refused))
+        self.log.say(f"continuing {self.run_dir} at step {self.step} of {self.config.train.steps}")
         for key, (old, new) in changed_keys(
             found.meta["config"], self.config.model_dump(mode="json")
         ).items():

@@ -24,7 +24,7 @@ def adamw_(
     """One AdamW step on `weight` and both moments, with decoupled decay.
 
     g ← grad_scale · g;  m ← β₁m + (1-β₁)g;  v ← β₂v + (1-β₂)g²
-    w ← w - lr · (m/(1-β₁ᵗ) / (sqrt(v/(1-β₂ᵗ)) + ε) + λw);  compute_weight ← w, rounded
+    w ← w - lr · (m/(1-β₁ᵗ) / (sqrt(v/(1-β₂ᵗ)) + ε) + λw)
     `grad` may be left scaled.
 
     Shapes:  all [n] fp32, 1-D and contiguous; `step` is t, counted from 1

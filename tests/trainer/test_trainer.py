@@ -8,10 +8,13 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megalite.config import Config
+from megalite.data.tokenizer import ByteTokenizer
+from megalite.data.writer import ShardWriter
 from megalite.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError
 from megalite.parallel.mesh import Mesh, build_mesh, close_mesh
 from megalite.trainer import Trainer
@@ -291,8 +294,16 @@ def test_ranks_with_different_configs_do_not_start(root: Path) -> None:
 
 def test_another_model_or_tokenizer_does_not_continue_the_run(root: Path, alone: Mesh) -> None:
     train(alone, tiny(root, "train.steps=3"))
+    kept = {name: (root / "run" / name).read_bytes() for name in ("config.toml", "tokenizer.json")}
     with pytest.raises(CheckpointError, match="of shape"):
         Trainer(tiny(root, "model.ffn_size=64"), alone)
+    other = ByteTokenizer()
+    other.content = '{"megalite": "byte"}'  # the same ids, but another file
+    with ShardWriter(root / "other", other) as writer:
+        writer.write("a", "synthetic", np.arange(256).repeat(20))
+    with pytest.raises(CheckpointError, match="was trained with tokenizer"):
+        Trainer(tiny(root, f"data.sources=[{{path='{root}/other'}}]", "data.validation=[]"), alone)
+    assert kept == {name: (root / "run" / name).read_bytes() for name in kept}
 
 
 def test_a_truncated_shard_is_named_before_anything_is_written(tmp_path: Path, alone: Mesh) -> None:
