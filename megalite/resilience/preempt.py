@@ -13,6 +13,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from megalite.errors import PreemptedError
+
 _REPEAT_S = 1.0  # launchers pass the terminal's Ctrl-C on, so one key press arrives twice at once
 
 
@@ -20,6 +22,8 @@ class PreemptionFlag:
     """Within this context SIGTERM, SIGUSR1 and the first Ctrl-C only set `requested`.
 
     A second Ctrl-C, a second or more after the first, ends the process at once (checkpoints bear that).
+    Once it is left with a `PreemptedError` they are ignored: the process is on its way out with the
+    save behind it, and a launcher that signals this rank only now must not turn its 75 into a -15.
     Enter it on the main thread, as Python demands of whoever handles signals.
     """
 
@@ -40,8 +44,11 @@ class PreemptionFlag:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Put the previous handlers back."""
+        """Put the previous handlers back, or ignore the signals after a preemption."""
         for number, handler in self._previous.items():
+            if isinstance(error, PreemptedError):
+                # Not our own handler: the interpreter takes Python handlers down before it is gone.
+                handler = signal.SIG_IGN
             # None stands for a handler that was not installed from Python and cannot be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 

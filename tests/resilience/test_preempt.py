@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -68,15 +71,24 @@ def test_a_second_interrupt_ends_the_process_at_once() -> None:
     assert join_ranks(spawn_ranks(interrupt_twice, 1)) == [-signal.SIGINT]
 
 
+@contextmanager
+def exit_code_of_errors() -> Iterator[None]:
+    """As the command line does."""
+    try:
+        yield
+    except PreemptedError as error:
+        sys.exit(error.exit_code)
+
+
 def train_until_asked(root: str) -> None:
     """Steps that agree on the flag, a save by all, exit 75; reports readiness by a file."""
     mesh = build_mesh()
-    with PreemptionFlag() as flag:
+    with exit_code_of_errors(), PreemptionFlag() as flag:
         for step in range(1, 10_000):
             asked = all_reduce(torch.tensor([float(flag.requested)]), mesh.world)
             if asked:
                 save_step(mesh, root, step)
-                sys.exit(PreemptedError.exit_code)
+                raise PreemptedError("saved")
             Path(root, f"ready_{mesh.rank}").touch()
             time.sleep(0.002)
 
@@ -92,3 +104,28 @@ def test_whoever_hears_it_all_save_and_exit_75(tmp_path: Path, who: tuple[int, .
         time.sleep(0.01)  # as a launcher that signals its ranks one after another
     assert join_ranks(processes, timeout_s=20) == [75, 75]
     check(open_checkpoint(tmp_path))
+
+
+LATE_SIGNAL = """
+import os, signal, sys
+from megalite.errors import PreemptedError
+from megalite.resilience.preempt import PreemptionFlag
+
+class Late:
+    def __del__(self):  # among the last things the interpreter does, its signal handlers long gone
+        os.kill(os.getpid(), {number})
+
+late = Late()
+try:
+    with PreemptionFlag():
+        raise PreemptedError("saved")
+except PreemptedError as error:
+    os.kill(os.getpid(), {number})
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize("number", PreemptionFlag.signals)
+def test_a_signal_after_the_save_does_not_change_the_exit_code(number: signal.Signals) -> None:
+    done = subprocess.run([sys.executable, "-c", LATE_SIGNAL.format(number=int(number))], timeout=60)
+    assert done.returncode == PreemptedError.exit_code
