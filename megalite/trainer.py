@@ -28,7 +28,7 @@ from megalite.engines.engine import Engine, StepSums
 from megalite.engines.native import NativeEngine
 from megalite.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError
 from megalite.log import RunLog
-from megalite.model.flops import peak_flops, token_flops
+from megalite.model.flops import has_bf16_products, peak_flops, token_flops
 from megalite.optim.lr import learning_rate
 from megalite.parallel.collectives import all_reduce, gather_json
 from megalite.parallel.mesh import Mesh
@@ -259,6 +259,11 @@ class Trainer:
         self._saved_step = self.step
 
     def _announce(self, found: Checkpoint | None) -> None:
+        if self.config.train.precision == "bf16" and not has_bf16_products(self.mesh.device):
+            self.log.say(
+                "note: this processor has no bf16 matrix products, so torch emulates them many times slower "
+                "than fp32; use train.precision=fp32 here"
+            )
         if found is None:
             self.log.event("start", 0, processes=self.mesh.size, parameters=self.engine.num_parameters)
             return

@@ -66,3 +66,11 @@ def peak_flops(device: torch.device) -> float | None:
         if re.search(rf"\b{key}\b", name):  # whole words: an L40 is no L4, a GB200 no B200
             return tflops * 1e12
     return None
+
+
+def has_bf16_products(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware; without, fp32 is many times faster."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # The question torch itself asks before it hands a bf16 product to oneDNN.
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

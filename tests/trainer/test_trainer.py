@@ -29,6 +29,20 @@ def test_loss_falls_below_what_frequencies_alone_allow(root: Path, alone: Mesh) 
     assert records[-1]["position"] == 60 * 24
 
 
+@pytest.mark.parametrize(("has_bf16", "notes"), [(True, 0), (False, 1)])
+def test_bf16_on_a_processor_without_it_is_worth_a_note(
+    root: Path,
+    alone: Mesh,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    has_bf16: bool,
+    notes: int,
+) -> None:
+    monkeypatch.setattr("megalite.trainer.has_bf16_products", lambda device: has_bf16)
+    Trainer(tiny(root, "train.precision=bf16"), alone)
+    assert capsys.readouterr().err.count("use train.precision=fp32 here") == notes
+
+
 def test_tokens_are_counted_exactly(root: Path, alone: Mesh) -> None:
     config = tiny(root, "train.steps=3")
     loader = Trainer(config, alone).loader
