@@ -112,10 +112,12 @@ def _train(args: argparse.Namespace) -> int:
 def _run(config: Config) -> int:
     import torch.distributed as dist
 
-    from megalite.parallel.mesh import build_mesh, close_mesh
+    from megalite.parallel.mesh import build_mesh, close_mesh, world_size
     from megalite.trainer import Trainer
 
-    mesh = build_mesh(config.resilience.comm_timeout_s)
+    # A layout that cannot be is refused before any process group is built.
+    config.grad_accum_steps(config.data_parallel_size(world_size()))
+    mesh = build_mesh(config.resilience.comm_timeout_s, config.mesh.tp, config.kv_copies)
     try:
         Trainer(config, mesh).fit()
     except RuntimeError as error:
@@ -133,24 +135,28 @@ def _run(config: Config) -> int:
 def _dry_run(config: Config) -> str:
     from megalite.config_file import to_toml
     from megalite.model.flops import count_parameters, token_flops
+    from megalite.parallel.mesh import world_size
 
-    dp = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world_size()
+    dp = config.data_parallel_size(processes)
     accumulation = config.grad_accum_steps(dp)
     parameters = count_parameters(config.model)
+    held = count_parameters(config.model, config.mesh.tp)
     flops = token_flops(config.model, config.data.seq_len)
     tokens = config.tokens_per_step
     compute = 4 if config.train.precision == "fp32" else 2
     is_sharded = config.mesh.zero_stage == 1 and dp > 1
     parts = {
-        "weights": compute * parameters,
-        "gradients": 4 * parameters + (4 * parameters // dp if is_sharded else 0),
-        "optimizer": (12 * parameters // dp if is_sharded else (8 if compute == 4 else 12) * parameters),
+        "weights": compute * held,
+        "gradients": 4 * held + (4 * held // dp if is_sharded else 0),
+        "optimizer": (12 * held // dp if is_sharded else (8 if compute == 4 else 12) * held),
     }
     gib = {name: f"{size / 2**30:,.2f} GiB" for name, size in parts.items()}
     lines = [
         to_toml(config),
         f"parameters       {parameters:,} ({parameters / 1e9:.2f} B)",
-        f"processes        {dp}, each {accumulation} × {config.train.micro_batch_size} samples a step",
+        f"processes        {processes} = dp {dp} × tp {config.mesh.tp}; a data-parallel one computes "
+        f"{accumulation} × {config.train.micro_batch_size} samples a step",
         f"bytes a process  {sum(parts.values()) / 2**30:,.2f} GiB without activations: "
         + ", ".join(f"{name} {size}" for name, size in gib.items()),
         f"tokens           {tokens:,} a step, {tokens * config.train.steps:,} in all",

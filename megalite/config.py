@@ -109,8 +109,12 @@ class ModelConfig(Section):
 
 
 class MeshConfig(Section):
-    """How the work is divided among processes. `dp` is derived: the number of processes."""
+    """How the work is divided among processes. `dp` is derived: their number divided by `tp`."""
 
+    tp: int = Field(1, ge=1, description="processes that share each layer; keep them on one host")
+    sequence_parallel: bool = Field(
+        False, description="divide norms and residual stream among the tp processes too; saves memory"
+    )
     zero_stage: Literal[0, 1] = Field(1, description="0: replicate optimizer state; 1: shard it over dp")
     bucket_mib: float = Field(8.0, gt=0, description="gradient bucket, MiB of fp32; one collective each")
 
@@ -240,10 +244,56 @@ class Config(Section):
                 f"train.eval_every_steps={self.train.eval_every_steps} but data.validation is empty; "
                 "name a validation dataset or set it to 0"
             )
+        self._check_tp()
         return self
 
+    def _check_tp(self) -> None:
+        """What tensor parallelism divides must divide.
+
+        Raises:  ValueError
+        """
+        tp, model = self.mesh.tp, self.model
+        divided = {"num_heads": model.num_heads, "ffn_size": model.ffn_size}
+        if self.mesh.sequence_parallel:
+            divided["data.seq_len"] = self.data.seq_len
+        legal = [
+            n
+            for n in range(1, model.num_heads + 1)
+            if not any(size % n for size in divided.values())
+            and not (model.num_kv_heads % n and n % model.num_kv_heads)
+            and n <= model.vocab_size
+        ]
+        if tp in legal:
+            return
+        names = [
+            f"{key if '.' in key else f'model.{key}'}={size}" for key, size in divided.items() if size % tp
+        ]
+        if not names:
+            names = [f"model.num_kv_heads={model.num_kv_heads}"]
+            raise ValueError(
+                f"mesh.tp={tp} and {names[0]} must divide one the other; use mesh.tp from {legal}"
+            )
+        raise ValueError(f"mesh.tp={tp} does not divide {' and '.join(names)}; use mesh.tp from {legal}")
+
+    def data_parallel_size(self, processes: int) -> int:
+        """How many groups of processes each hold a whole model.
+
+        Raises:  ConfigError if the processes do not make whole groups
+        """
+        if processes % self.mesh.tp:
+            raise ConfigError(
+                f"mesh.tp={self.mesh.tp} does not divide the number of processes, {processes}; start a "
+                f"multiple of {self.mesh.tp}, or use mesh.tp from {_divisors(processes)}"
+            )
+        return processes // self.mesh.tp
+
+    @property
+    def kv_copies(self) -> int:
+        """Tensor-parallel processes that share a key head; 1 while there are heads enough for all."""
+        return max(self.mesh.tp // self.model.num_kv_heads, 1)
+
     def grad_accum_steps(self, dp: int) -> int:
-        """Micro-batches a process computes per optimizer step on `dp` processes.
+        """Micro-batches a process computes per optimizer step at data-parallel size `dp`.
 
         Raises:  ConfigError if global_batch_size is not a multiple of micro_batch_size · dp
         """
@@ -255,7 +305,7 @@ class Config(Section):
                 remedy = f"use a micro_batch_size out of {_divisors(train.global_batch_size // dp)}"
             raise ConfigError(
                 f"train.global_batch_size={train.global_batch_size} is not a multiple of "
-                f"train.micro_batch_size={train.micro_batch_size} × {dp} processes; {remedy}"
+                f"train.micro_batch_size={train.micro_batch_size} × {dp} data-parallel processes; {remedy}"
             )
         return train.global_batch_size // (train.micro_batch_size * dp)
 

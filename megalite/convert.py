@@ -1,8 +1,9 @@
 """Between our model and Hugging Face's: Llama, Mistral, Qwen2, Qwen3 (dense) and GPT-2.
 
 Configurations and names only; `hf_folder` reads and writes the files. Their query, key and value
-matrices are one of ours, as are gate and up; GPT-2 stores its matrices transposed. What shapes
-training alone, dropout and the scaling of initial residual outputs, is not carried over.
+matrices are one of ours, as are gate and up. Ours are [out, in] but for the projections back to the
+residual stream, GPT-2's are all [in, out], the others' all [out, in]. What shapes training alone, dropout
+and the scaling of initial residual outputs, is not carried over.
 """
 
 from __future__ import annotations
@@ -363,7 +364,8 @@ def _hf_names(name: str, config: ModelConfig) -> tuple[tuple[str, ...], bool]:
     modules = (_GPT2_NAMES if is_gpt2 else _LLAMA_NAMES)[module]
     block = "" if layer is None else f"{'transformer.h' if is_gpt2 else 'model.layers'}.{layer}."
     is_matrix = "." in module and leaf == ".weight"
-    return tuple(f"{block}{theirs}{leaf or '.weight'}" for theirs in modules), is_gpt2 and is_matrix
+    is_transposed = is_matrix and is_gpt2 != (module in ("attention.out", "mlp.down"))
+    return tuple(f"{block}{theirs}{leaf or '.weight'}" for theirs in modules), is_transposed
 
 
 def _rows(name: str, shape: tuple[int, ...], config: ModelConfig) -> list[int]:

@@ -264,6 +264,9 @@ class Trainer:
                 "note: this processor has no bf16 matrix products, so torch emulates them many times slower "
                 "than fp32; use train.precision=fp32 here"
             )
+        mesh = self.mesh
+        if mesh.size > 1:
+            self.log.say(f"{mesh.size} processes = dp {mesh.dp.size} × tp {mesh.tp.size}, tp innermost")
         if found is None:
             self.log.event("start", 0, processes=self.mesh.size, parameters=self.engine.num_parameters)
             return

@@ -13,6 +13,7 @@ from megalite.config import Config
 from megalite.config_file import build_config, changed_keys, describe_keys, load_config, to_toml
 from megalite.errors import ConfigError
 from megalite.model.flops import count_parameters
+from tests.trainer.runs import tiny
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TOML = """\
@@ -187,3 +188,30 @@ def test_every_key_is_described() -> None:
 def test_changed_keys_are_dotted() -> None:
     old = {"a": {"b": 1, "c": 2}, "d": 3}
     assert changed_keys(old, {"a": {"b": 1, "c": 5}, "d": 3}) == {"a.c": (2, 5)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["mesh.tp=3"], ["mesh.tp=3 does not divide model.num_heads=4", "[1, 2, 4]"]),
+        (["mesh.tp=0"], ["mesh.tp=0"]),
+        (["mesh.tp=2", "mesh.sequence_parallel=true", "data.seq_len=31"], ["data.seq_len=31", "[1]"]),
+        (
+            ["model.num_heads=6", "model.num_kv_heads=3", "model.head_dim=6", "mesh.tp=2"],
+            ["mesh.tp=2 and model.num_kv_heads=3 must divide one the other", "[1, 3, 6]"],
+        ),
+    ],
+)
+def test_tensor_parallelism_that_does_not_divide(overrides: list[str], expected: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny(Path("x"), "model.ffn_size=48", *overrides)
+    assert all(part in str(caught.value) for part in expected), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_processes_that_make_no_whole_groups() -> None:
+    config = tiny(Path("x"), "mesh.tp=2")
+    assert config.data_parallel_size(6) == 3
+    with pytest.raises(ConfigError, match=r"mesh.tp=2 does not divide the number of processes, 3.*\[1, 3\]"):
+        config.data_parallel_size(3)
+    assert [tiny(Path("x"), f"mesh.tp={tp}").kv_copies for tp in (1, 2, 4)] == [1, 1, 2]

@@ -9,12 +9,13 @@ from megalite_kernels.adamw import adamw_
 from megalite_kernels.attention import attention
 from megalite_kernels.dropout import dropout
 from megalite_kernels.embedding import embedding
-from megalite_kernels.linear_cross_entropy import linear_cross_entropy
+from megalite_kernels.linear_cross_entropy import VocabShard, linear_cross_entropy
 from megalite_kernels.mlp import gelu, swiglu
 from megalite_kernels.norm import layer_norm, rms_norm
 from megalite_kernels.rope import rope
 
 __all__ = [
+    "VocabShard",
     "adamw_",
     "attention",
     "dropout",

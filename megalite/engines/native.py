@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,19 +19,22 @@ from megalite.errors import CheckpointError
 from megalite.model.init import initial_values
 from megalite.model.transformer import Losses, Transformer, dropout_keys
 from megalite.optim.zero import STATE_KINDS, OwnedRange, ZeroOptimizer
+from megalite.parallel.layers import TensorParallel
 from megalite.parallel.mesh import Mesh
+from megalite.parallel.sharding import shard_specs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class NativeEngine:
-    """Implements `Engine` with explicit data parallelism at ZeRO 0 or 1."""
+    """Implements `Engine` with explicit tensor and data parallelism, at ZeRO 0 or 1."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
+        tp = TensorParallel(mesh.tp, mesh.kv, config.mesh.sequence_parallel)
         with torch.device("meta"):
-            self.model = Transformer(config.model, config.train.recompute)
-        self.num_parameters = sum(p.numel() for p in self.model.parameters())
+            self.model = Transformer(config.model, config.train.recompute, tp)
+        self.num_parameters = sum(math.prod(spec.shape) for spec in shard_specs(self.model).values())
         self.optimizer = ZeroOptimizer(
             self.model,
             config.optim,
@@ -62,7 +66,10 @@ class NativeEngine:
             sums += torch.stack([losses.total.detach(), losses.z_loss, losses.tokens]).double()
         self.optimizer.finish_reduction()
         total, z_loss, tokens = sums.tolist()
-        return StepSums(total - z_loss, z_loss, tokens, float(self.optimizer.local_norm_squared()))
+        norm_squared = float(self.optimizer.local_norm_squared())
+        if self.mesh.tp.rank > 0:  # its peers have computed the same losses, and rank 0 reports them
+            return StepSums(0.0, 0.0, 0.0, norm_squared)
+        return StepSums(total - z_loss, z_loss, tokens, norm_squared)
 
     def optimizer_step(self, lr: float, grad_scale: float) -> None:
         """See `Engine`."""
@@ -89,12 +96,13 @@ class NativeEngine:
         self.optimizer.publish()
 
     def state_slices(self) -> Iterator[TensorSlice]:
-        """See `Engine`. Ranks that hold the same state leave it to the first of them."""
+        """See `Engine`. Of ranks that hold the same state the first gives it."""
         if not self.optimizer.is_sharded and self.mesh.dp.rank > 0:
             return
+        owned_ranges = [owned for owned in self.optimizer.owned_ranges() if owned.speaks]
         for kind in STATE_KINDS:
             shard = self.optimizer.state(kind)
-            for owned in self.optimizer.owned_ranges():
+            for owned in owned_ranges:
                 yield TensorSlice(kind, owned.name, owned.shape, owned.start, owned.stop, shard[owned.shard])
 
     def load_state(self, checkpoint: Checkpoint) -> None:
@@ -102,7 +110,7 @@ class NativeEngine:
 
         Raises:  CheckpointError if the checkpoint is of another model
         """
-        expected = {slot.name: slot.shape for bucket in self.optimizer.buckets for slot in bucket.slots}
+        expected = {slot.name: slot.spec.shape for bucket in self.optimizer.buckets for slot in bucket.slots}
         found = {name: tuple(checkpoint.shape(name)) for name in checkpoint.names("weight")}
         if found != expected:
             name = next(n for n in {**expected, **found} if expected.get(n) != found.get(n))

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalite.config import ModelConfig
+from megalite.parallel.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel, qkv_spec
+from megalite.parallel.sharding import ShardedModule, whole
 from megalite_kernels import attention, rms_norm, rope
 
 
@@ -29,37 +30,52 @@ class KVCache:
         return self.keys[:, :stop], self.values[:, :stop]
 
 
-class Attention(nn.Module):
-    """Grouped-query attention with one fused projection [queries | keys | values]."""
+class Attention(ShardedModule):
+    """Grouped-query attention with one fused projection [queries | keys | values].
 
-    def __init__(self, config: ModelConfig) -> None:
+    With tensor parallelism a rank computes its share of the heads.
+    """
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.window, self.eps = config.sliding_window, config.norm_eps
-        width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
-        self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.attention_out_bias)
-        self.q_norm = nn.Parameter(torch.empty(self.head_dim)) if config.qk_norm else None
-        self.k_norm = nn.Parameter(torch.empty(self.head_dim)) if config.qk_norm else None
+        self.head_dim, self.window, self.eps = config.head_dim, config.sliding_window, config.norm_eps
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        # Several ranks may share a key head; none holds less than one.
+        self.heads, self.kv_heads = heads // tp.axis.size, max(kv_heads // tp.axis.size, 1)
+        width = (heads + 2 * kv_heads) * self.head_dim
+        weight = qkv_spec((width, config.hidden_size), heads, kv_heads, self.head_dim, tp)
+        bias = qkv_spec((width,), heads, kv_heads, self.head_dim, tp) if config.qkv_bias else None
+        self.qkv = ColumnParallelLinear(tp, weight, bias)
+        self.out = RowParallelLinear(
+            tp, (heads * self.head_dim, config.hidden_size), config.attention_out_bias
+        )
+        # Each rank's heads give a share of their gradient.
+        norm = whole((self.head_dim,), tp.axis, is_partial=tp.axis.size > 1)
+        self.q_norm = self.declare("q_norm", norm) if config.qk_norm else None
+        self.k_norm = self.declare("k_norm", norm) if config.qk_norm else None
 
     def forward(
         self,
         x: Tensor,
+        batch: int,
         rotation: tuple[Tensor, Tensor] | None,
         doc_starts: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """x, returned [batch, seq, hidden]; the rest as `Transformer.forward` takes it."""
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        """x, returned [tokens, hidden], tokens = batch · seq; the rest as `Transformer.forward` has it."""
+        qkv: Tensor = self.qkv(x)
+        qkv = qkv.view(batch, qkv.shape[0] // batch, -1, self.head_dim)
+        q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
         if rotation is not None:
             q, k = rope(q, *rotation), rope(k, *rotation)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attention(q, k, v, doc_starts=doc_starts, window=self.window)
-        return F.linear(y.flatten(2), self.out.weight, self.out.bias)
+        y: Tensor = self.out(
+            attention(q, k, v, doc_starts=doc_starts, window=self.window).flatten(2).flatten(0, 1)
+        )
+        return y
 
 
 def rotation(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:

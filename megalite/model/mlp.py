@@ -5,21 +5,25 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megalite.config import ModelConfig
+from megalite.parallel.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
+from megalite.parallel.sharding import split
 from megalite_kernels import gelu, swiglu
 
 
 class MLP(nn.Module):
     """hidden → ffn → hidden. With SwiGLU the first projection is [gate | up]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.activation = config.activation
-        width = 2 * config.ffn_size if config.activation == "swiglu" else config.ffn_size
-        self.up = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
-        self.down = nn.Linear(config.ffn_size, config.hidden_size, bias=config.mlp_bias)
+        parts = 2 if config.activation == "swiglu" else 1
+        width = parts * config.ffn_size
+        bias = split((width,), tp.axis, parts) if config.mlp_bias else None
+        self.up = ColumnParallelLinear(tp, split((width, config.hidden_size), tp.axis, parts), bias)
+        self.down = RowParallelLinear(tp, (config.ffn_size, config.hidden_size), config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x, returned [batch, seq, hidden]."""
+        """x, returned [tokens, hidden]."""
         inner = self.up(x)
         if self.activation == "swiglu":
             inner = swiglu(inner)

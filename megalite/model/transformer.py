@@ -8,7 +8,7 @@ parameters are stored or gradients reduced.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from megalite.config import ModelConfig
 from megalite.model.attention import Attention, KVCache, rotation
 from megalite.model.mlp import MLP
+from megalite.parallel.layers import TensorParallel, enter_tp, vocab_parallel_embedding, vocab_shard
+from megalite.parallel.sharding import ShardedModule, split
 from megalite_kernels import dropout, embedding, layer_norm, linear_cross_entropy, rms_norm
 from megalite_kernels.counter import derive_key, fold
 
@@ -35,15 +37,25 @@ class Losses:
     tokens: Tensor
 
 
-class Norm(nn.Module):
+class DropoutRows(NamedTuple):
+    """What decides the masks of a run of tokens: each one's sample key, and its place in the sample.
+
+    Shapes:  both [tokens] int64
+    """
+
+    keys: Tensor
+    places: Tensor
+
+
+class Norm(ShardedModule):
     """RMSNorm, or LayerNorm with a bias."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.empty(config.hidden_size))
-        has_bias = config.norm == "layernorm"
-        self.bias = nn.Parameter(torch.empty(config.hidden_size)) if has_bias else None
+        spec = tp.replicated((config.hidden_size,))
+        self.weight = self.declare("weight", spec)
+        self.bias = self.declare("bias", spec) if config.norm == "layernorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; x [..., hidden]."""
@@ -55,53 +67,59 @@ class Norm(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(self, config: ModelConfig, index: int, tp: TensorParallel) -> None:
         super().__init__()
         self.index, self.dropout = index, config.dropout
-        self.attention_norm = Norm(config)
-        self.attention = Attention(config)
-        self.mlp_norm = Norm(config)
-        self.mlp = MLP(config)
+        self.attention_norm = Norm(config, tp)
+        self.attention = Attention(config, tp)
+        self.mlp_norm = Norm(config, tp)
+        self.mlp = MLP(config, tp)
 
     def forward(
         self,
         x: Tensor,
+        batch: int,
         turn: tuple[Tensor, Tensor] | None,
         doc_starts: Tensor | None = None,
-        dropout_keys: Tensor | None = None,
+        noise: DropoutRows | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """x, returned [batch, seq, hidden]; turn from `rotation`; dropout_keys [batch] in training."""
-        y = self.attention(self.attention_norm(x), turn, doc_starts, cache)
-        x = x + self._drop(y, dropout_keys, 0)
+        """x, returned [tokens, hidden], or a rank's share of the tokens; turn from `rotation`."""
+        y = self.attention(self.attention_norm(x), batch, turn, doc_starts, cache)
+        x = x + self._drop(y, noise, 0)
         y = self.mlp(self.mlp_norm(x))
-        return x + self._drop(y, dropout_keys, 1)
+        return x + self._drop(y, noise, 1)
 
-    def _drop(self, y: Tensor, keys: Tensor | None, branch: int) -> Tensor:
-        if keys is None or not self.dropout:
+    def _drop(self, y: Tensor, noise: DropoutRows | None, branch: int) -> Tensor:
+        if noise is None:
             return y
-        return dropout(y, self.dropout, fold(keys, 2 * self.index + branch + 1))
+        return dropout(y, self.dropout, fold(noise.keys, 2 * self.index + branch + 1), noise.places)
 
 
-class Transformer(nn.Module):
-    """The whole model. Built on the meta device it costs nothing until values are assigned."""
+class Transformer(ShardedModule):
+    """The whole model, or with tensor parallelism a rank's part of it.
 
-    def __init__(self, config: ModelConfig, recompute: Recompute = "none") -> None:
+    Built on the meta device it costs nothing until values are assigned. Inside, the residual stream is
+    [tokens, hidden] with tokens = batch · seq.
+    """
+
+    def __init__(
+        self, config: ModelConfig, recompute: Recompute = "none", tp: TensorParallel | None = None
+    ) -> None:
         super().__init__()
-        self.config, self.recompute = config, recompute
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.positions: nn.Parameter | None = None
-        if config.position == "learned":
-            self.positions = nn.Parameter(torch.empty(config.max_seq_len, config.hidden_size))
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
-        self.norm = Norm(config)
-        self.head: nn.Parameter | None = None
-        if not config.tie_embeddings:
-            self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.config, self.recompute, self.tp = config, recompute, tp or TensorParallel()
+        table = split((config.vocab_size, config.hidden_size), self.tp.axis)
+        self.first_id = table.pieces[0].start  # of this rank's rows
+        self.embedding = self.declare("embedding", table)
+        places = self.tp.replicated((config.max_seq_len, config.hidden_size))
+        self.positions = self.declare("positions", places) if config.position == "learned" else None
+        self.blocks = nn.ModuleList(Block(config, index, self.tp) for index in range(config.num_layers))
+        self.norm = Norm(config, self.tp)
+        self.head = None if config.tie_embeddings else self.declare("head", table)
 
     @property
     def output_weight(self) -> nn.Parameter:
-        """The head's [vocab, hidden] matrix: its own, or the embedding when tied."""
+        """The head's [vocab, hidden] matrix, or this rank's rows: its own, or the embedding's when tied."""
         return self.embedding if self.head is None else self.head
 
     def forward(
@@ -113,28 +131,36 @@ class Transformer(nn.Module):
         dropout_keys: Tensor | None = None,
         cache: list[KVCache] | None = None,
     ) -> Tensor:
-        """The residual stream after the final norm.
+        """The residual stream after the final norm, whole on every rank.
 
         Shapes:  tokens [batch, seq] int64; positions [batch or 1, seq] int64, 0… by default;
                  doc_starts [batch, seq], see `megalite_kernels.attention`; dropout_keys [batch]
                  int64, one for each sample, turns dropout on; returns [batch, seq, hidden]
         """
+        batch, seq = tokens.shape
         if positions is None:
             past = cache[0].length if cache else 0
-            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
-        x = embedding(tokens, self.embedding)
+            positions = torch.arange(past, past + seq, device=tokens.device)[None]
+        x = vocab_parallel_embedding(tokens.flatten(), self.embedding, self.first_id, self.tp)
         turn = None
         if self.positions is None:
             turn = rotation(positions, self.config)
         else:
-            x = x + embedding(positions, self.positions)
+            rows = self.tp.token_shard(positions.expand(batch, seq).flatten())
+            x = x + embedding(rows, self.positions)
+        noise = None
         if dropout_keys is not None and self.config.dropout:
-            x = dropout(x, self.config.dropout, fold(dropout_keys, 0))
+            places = torch.arange(seq, device=tokens.device).repeat(batch)
+            keys = dropout_keys.repeat_interleave(seq)
+            noise = DropoutRows(self.tp.token_shard(keys), self.tp.token_shard(places))
+            x = dropout(x, self.config.dropout, fold(noise.keys, 0), noise.places)
         for index, block in enumerate(self.blocks):
-            args = (x, turn, doc_starts, dropout_keys, cache[index] if cache else None)
+            args = (x, batch, turn, doc_starts, noise, cache[index] if cache else None)
             x = self._run(block, args)
         y: Tensor = self.norm(x)
-        return y
+        if self.tp.axis.size > 1:
+            y = enter_tp(y, self.tp)
+        return y.view(batch, seq, -1)
 
     def loss(
         self,
@@ -155,6 +181,7 @@ class Transformer(nn.Module):
             labels.flatten(),
             z_loss=z_loss,
             chunk_tokens=chunk_tokens,
+            vocab_shard=vocab_shard(self.first_id, self.tp),
         )
         return Losses(total, z, (labels != -100).sum())
 

@@ -9,14 +9,17 @@ scatters it, so that rank r keeps, updates and later gathers the r-th part of ev
     [r0|r1|r2|r3]     [r0|r1|r2|r3]
     rank 1: [bucket 0's r1 | bucket 1's r1 | …]     shard (master, exp_avg, exp_avg_sq, gradient)
 
-With one rank, or at stage 0, the shard is the whole buffer and the two coincide.
+With one rank, or at stage 0, the shard is the whole buffer and the two coincide. With tensor
+parallelism all this happens to a rank's part of the model, among the data-parallel ranks that hold the
+same part.
 
 Source:  Rajbhandari et al. 2020 (ZeRO), section 5.1
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +27,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalite.config import OptimConfig
-from megalite.parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
-from megalite.parallel.mesh import Mesh
+from megalite.parallel.collectives import (
+    all_reduce,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+)
+from megalite.parallel.mesh import Axis, Mesh
+from megalite.parallel.sharding import ShardSpec, shard_specs
 from megalite_kernels import adamw_
 
 _NORM_ROW = 4096  # elements summed in fp32 before float64 takes over
@@ -34,32 +43,50 @@ STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one parameter lies in the flat buffers."""
+    """Where this rank's part of one parameter lies in the flat buffers."""
 
     name: str
-    shape: tuple[int, ...]
+    spec: ShardSpec
     start: int
     stop: int
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Neighbouring parameters that are reduced in one collective; `stop - start` divides by dp."""
+    """Neighbouring parameters that are reduced in one collective; `stop - start` divides by dp.
+
+    `shares` are the ranges of which each rank of a tensor-parallel axis computes a share only.
+    """
 
     start: int
     stop: int
     slots: tuple[Slot, ...]
 
+    @property
+    def shares(self) -> list[tuple[Axis, int, int]]:
+        """(axis, start, stop) in the flat buffer; the shares are to be added up over the axis."""
+        found: dict[Axis, list[tuple[int, int]]] = {}
+        for slot in self.slots:
+            for part in slot.spec.ranges():
+                if part.piece.is_partial:
+                    low = slot.start + part.local
+                    found.setdefault(part.piece.copies, []).append((low, low + part.stop - part.start))
+        return [(axis, *run) for axis, runs in found.items() for run in _runs(runs)]
+
 
 @dataclass(frozen=True)
 class OwnedRange:
-    """Elements [start, stop) of a parameter, and where this rank's shard holds them."""
+    """Elements [start, stop) of a logical parameter, and where this rank's shard holds them.
+
+    `speaks` is false for all but one of the ranks that tensor parallelism gives the same elements.
+    """
 
     name: str
     shape: tuple[int, ...]
     start: int
     stop: int
     shard_start: int
+    speaks: bool
 
     @property
     def shard(self) -> slice:
@@ -68,9 +95,9 @@ class OwnedRange:
 
 
 class ZeroOptimizer:
-    """Flat buffers, gradient reduction and AdamW for the parameters of one model.
+    """Flat buffers, gradient reduction and AdamW for this rank's part of one model.
 
-    Memory a rank, bytes per parameter, c the compute dtype's size: stage 0: c + 16, in fp32 16;
+    Memory a rank, bytes per parameter of its part, c the compute dtype's size: stage 0: c + 16, in fp32 16;
     stage 1: c + 4 + 16/dp.
     """
 
@@ -87,8 +114,8 @@ class ZeroOptimizer:
         self.config, self.axis = config, mesh.dp
         self.is_sharded = stage >= 1 and self.axis.size > 1
         self.applied_steps = 0
-        parameters = dict(model.named_parameters())
-        self.buckets, decayed = _layout(parameters, bucket_bytes // 4, self.axis.size)
+        specs = shard_specs(model)
+        self.buckets, decayed = _layout(specs, bucket_bytes // 4, self.axis.size)
         self._shards = self.axis.size if self.is_sharded else 1
         size = self.buckets[-1].stop
         device = mesh.device
@@ -102,20 +129,23 @@ class ZeroOptimizer:
         self.exp_avg = torch.zeros(shard_size, device=device)
         self.exp_avg_sq = torch.zeros(shard_size, device=device)
         self._decayed = decayed // self._shards
-        self._adopt(model, parameters)
+        self._adopt(model)
+        owned = list(self.owned_ranges())
+        self._counted = list(_runs((r.shard.start, r.shard.stop) for r in owned if r.speaks))
+        self._copied = list(_runs((r.shard.start, r.shard.stop) for r in owned if not r.speaks))
 
-    def _adopt(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    def _adopt(self, model: nn.Module) -> None:
         self._bucket_of: dict[str, int] = {}
         self._views: dict[str, Tensor] = {}
         for index, bucket in enumerate(self.buckets):
             for slot in bucket.slots:
-                view = self.weights[slot.start : slot.stop].view(slot.shape)
+                view = self.weights[slot.start : slot.stop].view(slot.spec.local_shape)
                 parameter = nn.Parameter(view)
                 # None lets a gradient keep the dtype its operation summed it in, so that fp32
                 # sums (embedding, head, norms) reach the fp32 buffer without a rounding to bf16.
                 parameter.grad_dtype = None
                 self._bucket_of[slot.name] = index
-                self._views[slot.name] = self.grads[slot.start : slot.stop].view(slot.shape)
+                self._views[slot.name] = self.grads[slot.start : slot.stop].view(slot.spec.local_shape)
                 parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     self._collector(slot.name)
                 )
@@ -172,6 +202,8 @@ class ZeroOptimizer:
     def _launch_next(self) -> None:
         bucket = self.buckets[self._launched]
         self._launched += 1
+        for axis, start, stop in bucket.shares:
+            all_reduce(self.grads[start:stop], axis)
         if self.axis.group is None:
             return
         grads = self.grads[bucket.start : bucket.stop]
@@ -184,14 +216,21 @@ class ZeroOptimizer:
     def local_norm_squared(self) -> Tensor:
         """This rank's part of the squared global gradient norm; 0-dim float64.
 
-        Ranks that hold the same gradients count them once: all but rank 0 return zero.
+        What several ranks hold is counted by the one that speaks for it, but a copy that is not finite
+        is told by whoever has it.
         """
         if not self.is_sharded and self.axis.rank > 0:
             return torch.zeros((), dtype=torch.float64, device=self.grads.device)
-        whole = self.grad_shard.numel() // _NORM_ROW * _NORM_ROW
-        rows = torch.linalg.vector_norm(self.grad_shard[:whole].view(-1, _NORM_ROW), dim=1)
-        rest = torch.linalg.vector_norm(self.grad_shard[whole:])
-        total: Tensor = rows.double().square().sum() + rest.double().square()
+        counted, copied = self._norm_squared(self._counted), self._norm_squared(self._copied)
+        return counted.where(copied.isfinite(), math.nan)
+
+    def _norm_squared(self, runs: list[tuple[int, int]]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self.grads.device)
+        for start, stop in runs:
+            whole = start + (stop - start) // _NORM_ROW * _NORM_ROW
+            rows = torch.linalg.vector_norm(self.grad_shard[start:whole].view(-1, _NORM_ROW), dim=1)
+            rest = torch.linalg.vector_norm(self.grad_shard[whole:stop])
+            total += rows.double().square().sum() + rest.double().square()
         return total
 
     # --- weights --------------------------------------------------------------------------------
@@ -242,16 +281,21 @@ class ZeroOptimizer:
         return {"weight": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}[kind]
 
     def owned_ranges(self) -> Iterator[OwnedRange]:
-        """Which elements of which parameters this rank's shard holds, in shard order."""
+        """Which elements of which logical parameters this rank's shard holds, in shard order."""
         for bucket in self.buckets:
             width = (bucket.stop - bucket.start) // self._shards
             low = bucket.start + width * (self.axis.rank if self.is_sharded else 0)
             shard_low = self._shard_slice(bucket).start
             for slot in bucket.slots:
                 start, stop = max(slot.start, low), min(slot.stop, low + width)
-                if start < stop:
+                for part in slot.spec.ranges(start - slot.start, stop - slot.start):
                     yield OwnedRange(
-                        slot.name, slot.shape, start - slot.start, stop - slot.start, shard_low + start - low
+                        slot.name,
+                        slot.spec.shape,
+                        part.start,
+                        part.stop,
+                        shard_low + slot.start + part.local - low,
+                        speaks=part.piece.copies.rank == 0,
                     )
 
     def fill(self, kind: str, values: Callable[[OwnedRange], Tensor]) -> None:
@@ -264,7 +308,7 @@ class ZeroOptimizer:
         return slice(bucket.start // self._shards, bucket.stop // self._shards)
 
 
-def _layout(parameters: dict[str, nn.Parameter], bucket_size: int, dp: int) -> tuple[list[Bucket], int]:
+def _layout(specs: dict[str, ShardSpec], bucket_size: int, dp: int) -> tuple[list[Bucket], int]:
     """Buckets in the order in which backward completes them, and where weight decay ends.
 
     Matrices come first, last layer first; norms and biases, which are not decayed, follow.
@@ -272,12 +316,12 @@ def _layout(parameters: dict[str, nn.Parameter], bucket_size: int, dp: int) -> t
     buckets: list[Bucket] = []
     start = 0
     for decays in (True, False):
-        group = [(n, p) for n, p in reversed(parameters.items()) if (p.dim() > 1) == decays]
+        group = [(n, s) for n, s in reversed(specs.items()) if (len(s.shape) > 1) == decays]
         slots: list[Slot] = []
         stop = start
-        for position, (name, parameter) in enumerate(group):
-            slots.append(Slot(name, tuple(parameter.shape), stop, stop + parameter.numel()))
-            stop += parameter.numel()
+        for position, (name, spec) in enumerate(group):
+            slots.append(Slot(name, spec, stop, stop + math.prod(spec.local_shape)))
+            stop = slots[-1].stop
             if stop - start >= bucket_size or position == len(group) - 1:
                 stop = start + -(-(stop - start) // dp) * dp
                 buckets.append(Bucket(start, stop, tuple(slots)))
@@ -285,3 +329,17 @@ def _layout(parameters: dict[str, nn.Parameter], bucket_size: int, dp: int) -> t
         if decays:
             decayed = start
     return buckets, decayed
+
+
+def _runs(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ranges in rising order, with those that touch made one."""
+    run: tuple[int, int] | None = None
+    for start, stop in ranges:
+        if run is not None and run[1] == start:
+            run = (run[0], stop)
+            continue
+        if run is not None:
+            yield run
+        run = (start, stop)
+    if run is not None:
+        yield run

@@ -27,14 +27,24 @@ class Axis:
     group: dist.ProcessGroup | None = None
 
 
+ALONE = Axis()
+
+
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place: its rank among all, its data-parallel axis, its device."""
+    """This process's place: its rank among all, its axes, its device.
+
+    Ranks are counted with tp innermost, so that tensor-parallel peers, which talk most, are
+    neighbours on one host: rank = dp.rank · tp.size + tp.rank. `kv` is the part of the tp axis whose
+    ranks hold the same key and value heads, where tp has more ranks than the model has such heads.
+    """
 
     rank: int
     size: int
     dp: Axis
     device: torch.device
+    tp: Axis = ALONE
+    kv: Axis = ALONE
 
     @property
     def world(self) -> Axis:
@@ -42,19 +52,19 @@ class Mesh:
         return Axis(self.rank, self.size, dist.group.WORLD if self.size > 1 else None)
 
 
-def build_mesh(timeout_s: float = 600.0) -> Mesh:
+def build_mesh(timeout_s: float = 600.0, tp: int = 1, kv_copies: int = 1) -> Mesh:
     """Join the process group that torchrun or the deepspeed launcher described, or stand alone.
 
     The launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. With a CUDA device
-    the backend is nccl, otherwise gloo.
+    the backend is nccl, otherwise gloo. `tp` divides the number of processes and `kv_copies`, the
+    ranks that share a key head, divides `tp`.
 
     Raises:  ConfigError if the launcher's variables are incomplete or a local rank has no device
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    size, rank = world_size(), int(os.environ.get("RANK", "0"))
     device = _local_device()
     if size == 1:
-        return Mesh(rank=0, size=1, dp=Axis(), device=device)
+        return Mesh(rank=0, size=1, dp=ALONE, device=device)
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(
@@ -63,7 +73,35 @@ def build_mesh(timeout_s: float = 600.0) -> Mesh:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return Mesh(rank=rank, size=size, dp=Axis(rank, size, dist.group.WORLD), device=device)
+    timeout = timedelta(seconds=timeout_s)
+    return Mesh(
+        rank=rank,
+        size=size,
+        dp=_axis([list(range(place, size, tp)) for place in range(tp)], rank, timeout),
+        device=device,
+        tp=_axis(_blocks(size, tp), rank, timeout),
+        kv=_axis(_blocks(size, kv_copies), rank, timeout),
+    )
+
+
+def world_size() -> int:
+    """How many processes the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _blocks(size: int, width: int) -> list[list[int]]:
+    return [list(range(low, low + width)) for low in range(0, size, width)]
+
+
+def _axis(groups: list[list[int]], rank: int, timeout: timedelta) -> Axis:
+    """My axis among `groups`, which part all ranks and which every rank must give in the same order."""
+    mine = next(group for group in groups if rank in group)
+    if len(mine) == 1:
+        return ALONE
+    if len(groups) == 1:
+        return Axis(rank, len(mine), dist.group.WORLD)
+    handles = [dist.new_group(group, timeout=timeout) for group in groups]
+    return Axis(mine.index(rank), len(mine), handles[groups.index(mine)])
 
 
 def close_mesh(mesh: Mesh) -> None:

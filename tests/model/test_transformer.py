@@ -14,7 +14,7 @@ from megalite.config import ModelConfig
 from megalite.model.attention import rotation
 from megalite.model.flops import count_parameters, peak_flops, token_flops
 from megalite.model.init import initial_values
-from megalite.model.transformer import Block, Recompute, Transformer, dropout_keys
+from megalite.model.transformer import Block, DropoutRows, Recompute, Transformer, dropout_keys
 from tests.kernels.helpers import held_bytes
 
 SMALL: dict[str, Any] = {
@@ -131,12 +131,13 @@ def test_a_compiled_block_is_the_block(name: str) -> None:
     compiled = torch.compile(block, fullgraph=True)
     _, _, positions, doc_starts = _batch()
     turn = rotation(positions, config) if config.position == "rope" else None
-    keys = dropout_keys(7, torch.arange(2)) if config.dropout else None
+    keys = dropout_keys(7, torch.arange(2)).repeat_interleave(70)
+    noise = DropoutRows(keys, torch.arange(70).repeat(2)) if config.dropout else None
     results = []
     for run in (block, compiled):
         block.zero_grad()
-        x = torch.randn(2, 70, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
-        y = run(x, turn, doc_starts, keys)
+        x = torch.randn(140, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        y = run(x, 2, turn, doc_starts, noise)
         y.square().sum().backward()
         results.append([y.detach(), x.grad, *(p.grad for p in block.parameters())])
     for found, expected in zip(results[1], results[0], strict=True):
@@ -166,9 +167,9 @@ def test_dropout_depends_on_seed_and_sample_alone() -> None:
 def test_dropout_masks_differ_between_layers_and_branches() -> None:
     config = _config(num_layers=2, dropout=0.5)
     model = _model(config)
-    keys, ones = dropout_keys(0, torch.arange(1)), torch.ones(1, 10, 32)
+    noise = DropoutRows(dropout_keys(0, torch.arange(1)).expand(10), torch.arange(10))
     masks = [
-        block._drop(ones, keys, branch)
+        block._drop(torch.ones(10, 32), noise, branch)
         for block in model.blocks
         for branch in (0, 1)
         if isinstance(block, Block)

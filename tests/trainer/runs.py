@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from megalite.config import Config
 from megalite.config_file import build_config
 from megalite.data.tokenizer import ByteTokenizer
 from megalite.data.writer import ShardWriter
-from megalite.parallel.mesh import Mesh
+from megalite.parallel.mesh import Mesh, build_mesh
 from megalite.trainer import Trainer
 
 VOCAB = 257
@@ -56,9 +57,20 @@ def tiny(root: Path, *overrides: str) -> Config:
     return build_config(values, overrides)
 
 
+@cache
+def _mesh(tp: int, kv_copies: int) -> Mesh:
+    """This process's place in the layout; made once, for making its groups takes longer than a tiny run."""
+    return build_mesh(tp=tp, kv_copies=kv_copies)
+
+
+def lay_out(mesh: Mesh, config: Config) -> Mesh:
+    """The mesh a config asks for, of the processes of `mesh`."""
+    return mesh if config.mesh.tp == 1 else _mesh(config.mesh.tp, config.kv_copies)
+
+
 def train(mesh: Mesh, config: Config) -> list[dict[str, Any]]:
     """Run a config on this rank; its metrics so far."""
-    Trainer(config, mesh).fit()
+    Trainer(config, lay_out(mesh, config)).fit()
     return metrics(Path(config.run_dir))
 
 

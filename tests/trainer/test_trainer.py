@@ -19,7 +19,7 @@ from megalite.errors import CheckpointError, ConfigError, DataError, DivergedErr
 from megalite.parallel.mesh import Mesh, build_mesh, close_mesh
 from megalite.trainer import Trainer
 from tests.ranks import join_ranks, run_ranks, spawn_ranks
-from tests.trainer.runs import curve, metrics, tiny, train, write_dataset
+from tests.trainer.runs import curve, lay_out, metrics, tiny, train, write_dataset
 
 
 def test_loss_falls_below_what_frequencies_alone_allow(root: Path, alone: Mesh) -> None:
@@ -72,25 +72,41 @@ def test_resume_is_bit_identical(root: Path, alone: Mesh, precision: str) -> Non
     assert [r["step"] for r in resumed] == list(range(1, 13))
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 3)])
-def test_resume_at_another_dp_size(root: Path, alone: Mesh, before: int, after: int) -> None:
-    whole = curve(train(alone, tiny(root, f"run_dir={root}/whole", "train.steps=10")))
-    half = tiny(root, "train.steps=10", "checkpoint.every_steps=5", "checkpoint.keep_last=1")
+TP2, TP4 = ["mesh.tp=2"], ["mesh.tp=4"]
+SPLIT_STREAM = ["mesh.tp=2", "mesh.sequence_parallel=true", "mesh.zero_stage=0"]
+RESHAPES: list[tuple[int, list[str], int, list[str]]] = [
+    (1, [], 2, []),
+    (2, [], 1, []),
+    (2, [], 4, ["mesh.zero_stage=0"]),
+    (4, [], 3, []),
+    (1, [], 2, TP2),
+    (2, TP2, 1, []),
+    (4, TP2, 2, []),
+    (4, TP4, 4, TP2),
+    (4, SPLIT_STREAM, 4, TP4),
+    (3, [], 4, SPLIT_STREAM),
+]
+
+
+@pytest.mark.parametrize(("before", "written", "after", "read"), RESHAPES, ids=str)
+def test_resume_at_another_layout(
+    root: Path, alone: Mesh, before: int, written: list[str], after: int, read: list[str]
+) -> None:
+    common = ["train.steps=10", "train.micro_batch_size=6", "model.num_layers=1"]
+    whole = curve(train(alone, tiny(root, f"run_dir={root}/whole", *common)))
+    common += ["train.micro_batch_size=2"]
+    half = tiny(root, *common, *written, "checkpoint.every_steps=5", "checkpoint.keep_last=1")
     run_ranks(_stop_after, before, half, 5)
-    resumed = run_ranks(train, after, tiny(root, "train.steps=10"))[0]
-    assert (
-        max(
-            abs(a / b - 1)
-            for x, y in zip(curve(resumed), whole, strict=True)
-            for a, b in zip(x, y, strict=True)
-        )
-        < 1e-5
-    )
+    resumed = curve(run_ranks(train, after, tiny(root, *common, *read))[0])
+    relative = [
+        abs(a / b - 1) for x, y in zip(resumed, whole, strict=True) for a, b in zip(x, y, strict=True)
+    ]
+    assert max(relative) < 1e-5
 
 
 def _stop_after(mesh: Mesh, config: Config, steps: int) -> None:
     """Train and save as the run that is killed after `steps` would have."""
-    trainer = Trainer(config, mesh)
+    trainer = Trainer(config, lay_out(mesh, config))
     step = trainer.train_step
 
     def stopping(batches, lr, wants_stop=False):  # type: ignore[no-untyped-def]
@@ -101,14 +117,14 @@ def _stop_after(mesh: Mesh, config: Config, steps: int) -> None:
         trainer.fit()
 
 
-def _poison(trainer: Trainer, steps: set[int], rank: int) -> None:
-    """From the given steps on one rank, a gradient that is not finite."""
+def _poison(trainer: Trainer, steps: set[int], rank: int, name: str = "embedding") -> None:
+    """In the given steps on one rank, a gradient that is not finite."""
     engine = trainer.engine
     compute = engine.forward_backward
 
     def poisoned(batches):  # type: ignore[no-untyped-def]
         if trainer.step in steps and trainer.mesh.rank == rank:
-            parameter = next(iter(engine.model.parameters()))  # type: ignore[attr-defined]
+            parameter = engine.model.get_parameter(name)  # type: ignore[attr-defined]
             handle = parameter.register_hook(lambda grad: grad * float("nan"))
             try:
                 return compute(batches)
@@ -119,9 +135,9 @@ def _poison(trainer: Trainer, steps: set[int], rank: int) -> None:
     engine.forward_backward = poisoned  # type: ignore[method-assign]
 
 
-def _train_poisoned(mesh: Mesh, config: Config, steps: list[int], rank: int) -> dict[str, object]:
-    trainer = Trainer(config, mesh)
-    _poison(trainer, set(steps), rank)
+def _train_poisoned(mesh: Mesh, config: Config, steps: list[int], rank: int, name: str) -> dict[str, object]:
+    trainer = Trainer(config, lay_out(mesh, config))
+    _poison(trainer, set(steps), rank, name)
     step = trainer.train_step
 
     def watching(batches, lr, wants_stop=False):  # type: ignore[no-untyped-def]
@@ -143,12 +159,23 @@ def _train_poisoned(mesh: Mesh, config: Config, steps: list[int], rank: int) -> 
     return {"applied": trainer.engine.applied_steps, "losses": curve(metrics(Path(config.run_dir)))}
 
 
-@pytest.mark.parametrize(("world", "zero_stage"), [(1, 1), (2, 0), (2, 1)])
+@pytest.mark.parametrize("name", ["embedding", "norm.weight"])
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (1, []),
+        (2, ["mesh.zero_stage=0"]),
+        (2, ["mesh.zero_stage=1"]),
+        (2, ["mesh.tp=2"]),
+        (4, ["mesh.tp=2", "mesh.sequence_parallel=true"]),
+    ],
+    ids=str,
+)
 def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight_on_any(
-    root: Path, world: int, zero_stage: int
+    root: Path, world: int, layout: list[str], name: str
 ) -> None:
-    config = tiny(root, "train.steps=8", f"mesh.zero_stage={zero_stage}")
-    results = run_ranks(_train_poisoned, world, config, [3, 4], world - 1)
+    config = tiny(root, "train.steps=8", "train.micro_batch_size=6", *layout)
+    results = run_ranks(_train_poisoned, world, config, [3, 4], world - 1, name)
     assert [r["applied"] for r in results] == [6] * world
     events = [json.loads(line) for line in (root / "run/ledger.jsonl").read_text().splitlines()]
     assert [(e["event"], e["step"]) for e in events if e["event"] == "skip"] == [("skip", 4), ("skip", 5)]

@@ -1,0 +1,246 @@
+"""Tensor-parallel layers and what moves activations between them (Megatron's f and g).
+
+Between two parallel layers the residual stream is whole on every rank, or, with sequence parallelism,
+each rank holds its share of the tokens, a contiguous run of rows: norms, dropout and residual sums are
+then divided as well, and the all-reduce becomes a reduce-scatter and an all-gather of the same bytes.
+With one rank on the axis each layer is the plain one.
+
+Source:  Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite.parallel.collectives import all_reduce, start_all_gather, start_all_reduce, start_reduce_scatter
+from megalite.parallel.mesh import ALONE, Axis
+from megalite.parallel.sharding import Piece, ShardedModule, ShardSpec, split, split_range, whole
+from megalite_kernels import VocabShard, embedding
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """How layers are divided: over `axis`, with the token stream divided too if `sequence`.
+
+    `kv` is the part of the axis whose ranks hold the same key and value heads.
+    """
+
+    axis: Axis = ALONE
+    kv: Axis = ALONE
+    sequence: bool = False
+
+    @property
+    def divides_tokens(self) -> bool:
+        """Whether a rank holds only its share of the tokens between two layers."""
+        return self.sequence and self.axis.size > 1
+
+    def replicated(self, shape: tuple[int, ...]) -> ShardSpec:
+        """A parameter of the residual stream: whole on every rank, its gradient in shares if tokens are."""
+        return whole(shape, self.axis, is_partial=self.divides_tokens)
+
+    def token_shard(self, rows: Tensor) -> Tensor:
+        """This rank's share of [tokens, ...] rows that every rank holds."""
+        if not self.divides_tokens:
+            return rows
+        start, stop = split_range(rows.shape[0], self.axis)
+        return rows[start:stop]
+
+
+class ColumnParallelLinear(ShardedModule):
+    """y = x Wᵀ + b with the rows of W, the output features, divided over the axis."""
+
+    def __init__(self, tp: TensorParallel, weight: ShardSpec, bias: ShardSpec | None) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = self.declare("weight", weight)
+        self.bias = None if bias is None else self.declare("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply the whole stream by this rank's rows.
+
+        Shapes:  x [tokens, in], or [tokens/tp, in] if tokens are divided; returns [tokens, out/tp]
+        Comm:    backward an all-reduce of tokens·in elements while the weight's gradient is computed; if
+                 tokens are divided an all-gather forward, and backward an all-gather and a
+                 reduce-scatter, each while a product is computed
+        """
+        if self.tp.axis.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        y: Tensor = _column_parallel(x, self.weight, self.bias, self.tp)
+        return y
+
+
+class RowParallelLinear(ShardedModule):
+    """y = Σ_tp x W + b with the rows of W [in, out], the input features, divided over the axis."""
+
+    def __init__(self, tp: TensorParallel, shape: tuple[int, int], has_bias: bool) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = self.declare("weight", split(shape, tp.axis))
+        self.bias = self.declare("bias", tp.replicated(shape[1:])) if has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply this rank's features and sum over the axis.
+
+        Shapes:  x [tokens, in/tp]; returns [tokens, out], or [tokens/tp, out] if tokens are divided
+        Comm:    forward one all-reduce of tokens·out elements, or, if tokens are divided, a
+                 reduce-scatter, and an all-gather backward
+        """
+        if self.tp.axis.size == 1:
+            return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+        y: Tensor = reduce_from_tp(x @ self.weight, self.tp)
+        return y if self.bias is None else y + self.bias
+
+
+def vocab_parallel_embedding(ids: Tensor, weight: Tensor, first_id: int, tp: TensorParallel) -> Tensor:
+    """Look up tokens in a table whose rows, the vocabulary, are divided over the axis.
+
+    Shapes:  ids [tokens]; weight this rank's rows, from `first_id` on; returns [tokens, hidden], or this
+             rank's share of the tokens
+    Comm:    as `RowParallelLinear`
+    """
+    if tp.axis.size == 1:
+        return embedding(ids, weight)
+    local = ids - first_id
+    is_mine = (local >= 0) & (local < weight.shape[0])
+    mine = embedding(local.where(is_mine, 0), weight).masked_fill(~is_mine[:, None], 0.0)
+    y: Tensor = reduce_from_tp(mine, tp)
+    return y
+
+
+def vocab_shard(first_id: int, tp: TensorParallel) -> VocabShard | None:
+    """How `linear_cross_entropy` sees a vocabulary divided over the axis; None where it is not."""
+    if tp.axis.size == 1:
+        return None
+
+    def gather(stats: Tensor) -> Tensor:
+        return _gather(stats[None], tp.axis)
+
+    return VocabShard(first_id, gather)
+
+
+def qkv_spec(
+    shape: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, tp: TensorParallel
+) -> ShardSpec:
+    """This rank's rows of a fused [queries | keys | values] weight or bias.
+
+    With more ranks than key heads, several ranks hold the same head, and each computes the share of
+    its gradient that comes from its own queries.
+    """
+    start, stop = split_range(heads, tp.axis)
+    pieces = [Piece(start * head_dim, stop * head_dim)]
+    if kv_heads >= tp.axis.size:
+        low, high = split_range(kv_heads, tp.axis)
+    else:
+        low = tp.axis.rank * kv_heads // tp.axis.size
+        high = low + 1
+    for first in (heads, heads + kv_heads):
+        rows = ((first + low) * head_dim, (first + high) * head_dim)
+        pieces.append(Piece(*rows, copies=tp.kv, is_partial=tp.kv.size > 1))
+    return ShardSpec(shape, tuple(pieces))
+
+
+# --- moving activations ---------------------------------------------------------------------------
+#
+# Kept out of compiled graphs: what matters here is when a transfer starts and when it is waited for.
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def enter_tp(x: Tensor, tp: TensorParallel) -> Tensor:
+    """The whole stream for a computation that is divided over the axis (Megatron's f).
+
+    Shapes:  x [tokens, ...], or [tokens/tp, ...] if tokens are divided; returns [tokens, ...]
+    Comm:    backward an all-reduce; if tokens are divided, an all-gather and backward a reduce-scatter
+    """
+    y: Tensor = _Enter.apply(x, tp)  # type: ignore[no-untyped-call]
+    return y
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def reduce_from_tp(x: Tensor, tp: TensorParallel) -> Tensor:
+    """The sum of every rank's share (Megatron's g); the inverse of `enter_tp`.
+
+    Shapes:  x [tokens, ...]; returns [tokens, ...], or [tokens/tp, ...] if tokens are divided
+    Comm:    an all-reduce; if tokens are divided, a reduce-scatter and backward an all-gather
+    """
+    y: Tensor = _Reduce.apply(x, tp)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _gather(x: Tensor, axis: Axis) -> Tensor:
+    whole = x.new_empty(x.shape[0] * axis.size, *x.shape[1:])
+    start_all_gather(whole, x.contiguous(), axis).wait()
+    return whole
+
+
+def _scatter_sum(x: Tensor, axis: Axis) -> Tensor:
+    part = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
+    start_reduce_scatter(part, x.contiguous(), axis).wait()
+    return part
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return _gather(x, tp.axis) if tp.divides_tokens else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        if ctx.tp.divides_tokens:
+            return _scatter_sum(grads[0], ctx.tp.axis), None
+        # A copy, since whoever else holds this gradient must not see the sum.
+        return all_reduce(grads[0].clone(memory_format=torch.contiguous_format), ctx.tp.axis), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        if tp.divides_tokens:
+            return _scatter_sum(x, tp.axis)
+        return all_reduce(x.clone(memory_format=torch.contiguous_format), tp.axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gather(grads[0], ctx.tp.axis) if ctx.tp.divides_tokens else grads[0], None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _column_parallel(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+    y: Tensor = _ColumnParallel.apply(x, weight, bias, tp)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _ColumnParallel(torch.autograd.Function):
+    """Saves its share of the tokens only, and sums dx over the axis while it computes dW."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+        ctx.tp, ctx.has_bias = tp, bias is not None
+        ctx.save_for_backward(x, weight)
+        return F.linear(_gather(x, tp.axis) if tp.divides_tokens else x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), (x, weight) = grads, ctx.saved_tensors
+        axis: Axis = ctx.tp.axis
+        if not ctx.tp.divides_tokens:
+            dx = dy @ weight
+            work = start_all_reduce(dx, axis)
+        else:
+            part = x.contiguous()
+            x = part.new_empty(part.shape[0] * axis.size, part.shape[1])
+            gathering = start_all_gather(x, part, axis)
+            whole = dy @ weight
+            gathering.wait()
+            dx = torch.empty_like(part)
+            work = start_reduce_scatter(dx, whole, axis)
+        dw = dy.t() @ x
+        db = dy.sum(0) if ctx.has_bias else None
+        work.wait()
+        return dx, dw, db, None

@@ -1,0 +1,125 @@
+"""Which part of a logical parameter a rank holds, and who speaks for a part that several hold.
+
+A parameter that tensor parallelism divides is always divided along its first dimension: what a
+column-parallel layer splits is its output features, and a row-parallel layer's weight is stored
+[in, out] to make its input features come first too. So a rank's part is a few runs of whole rows, each a
+flat range of the logical tensor; initial values, ZeRO's shards and checkpoints need nothing more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from megalite.parallel.mesh import ALONE, Axis
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows [start, stop) of a logical parameter.
+
+    `copies` is the axis whose ranks all hold them; its rank 0 speaks for them in norms and
+    checkpoints. `is_partial` says that each of these ranks computes only a share of the gradient, so
+    that the shares must be added up over `copies`; else every rank computes all of it.
+    """
+
+    start: int
+    stop: int
+    copies: Axis = ALONE
+    is_partial: bool = False
+
+
+class FlatRange(NamedTuple):
+    """Elements [start, stop) of the logical tensor, which lie at `local` in the rank's part of it."""
+
+    start: int
+    stop: int
+    local: int
+    piece: Piece
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """A logical parameter and this rank's rows of it, in the order in which it stores them."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def row_size(self) -> int:
+        """Elements of a row."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of this rank's part."""
+        return (sum(piece.stop - piece.start for piece in self.pieces), *self.shape[1:])
+
+    def ranges(self, start: int = 0, stop: int | None = None) -> Iterator[FlatRange]:
+        """The logical ranges that elements [start, stop) of the rank's flattened part are."""
+        stop = math.prod(self.local_shape) if stop is None else stop
+        local = 0
+        for piece in self.pieces:
+            size = (piece.stop - piece.start) * self.row_size
+            low, high = max(start, local), min(stop, local + size)
+            if low < high:
+                shift = piece.start * self.row_size - local
+                yield FlatRange(low + shift, high + shift, low, piece)
+            local += size
+
+
+def whole(shape: Sequence[int], copies: Axis = ALONE, is_partial: bool = False) -> ShardSpec:
+    """All of a parameter on every rank of `copies`."""
+    return ShardSpec(tuple(shape), (Piece(0, shape[0], copies, is_partial),))
+
+
+def split(shape: Sequence[int], axis: Axis, parts: int = 1) -> ShardSpec:
+    """This rank's rows of each of `parts` equal matrices that lie one below the other in one parameter.
+
+    Where the rows do not divide evenly, the first ranks take one more.
+    """
+    height = shape[0] // parts
+    pieces = []
+    for part in range(parts):
+        start, stop = split_range(height, axis)
+        pieces.append(Piece(part * height + start, part * height + stop))
+    return ShardSpec(tuple(shape), tuple(pieces))
+
+
+def split_range(size: int, axis: Axis) -> tuple[int, int]:
+    """This rank's [start, stop) of `size` things; where they do not divide, the first ranks take one more."""
+    least, more = divmod(size, axis.size)
+    start = axis.rank * least + min(axis.rank, more)
+    return start, start + least + (axis.rank < more)
+
+
+class ShardedModule(nn.Module):
+    """A module that declares each parameter by the part of it this rank holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.specs: dict[str, ShardSpec] = {}
+
+    def declare(self, name: str, spec: ShardSpec) -> nn.Parameter:
+        """Register an uninitialised parameter of the spec's local shape."""
+        self.specs[name] = spec
+        parameter = nn.Parameter(torch.empty(spec.local_shape))
+        self.register_parameter(name, parameter)
+        return parameter
+
+
+def shard_specs(model: nn.Module) -> dict[str, ShardSpec]:
+    """The spec of every parameter of a model made of `ShardedModule`s, in the order of its parameters."""
+    found = {}
+    for name, _ in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if not isinstance(module, ShardedModule):
+            raise TypeError(f"{name} belongs to a {type(module).__name__}, which declares no ShardSpec")
+        found[name] = module.specs[leaf]
+    return found
