@@ -117,7 +117,9 @@ def _run(config: Config) -> int:
 
     # A layout that cannot be is refused before any process group is built.
     config.grad_accum_steps(config.data_parallel_size(world_size()))
-    mesh = build_mesh(config.resilience.comm_timeout_s, config.mesh.tp, config.kv_copies)
+    mesh = build_mesh(
+        config.resilience.comm_timeout_s, config.mesh.tp, config.kv_copies, config.mesh.zero_shard_size
+    )
     try:
         Trainer(config, mesh).fit()
     except RuntimeError as error:
@@ -144,12 +146,14 @@ def _dry_run(config: Config) -> str:
     held = count_parameters(config.model, config.mesh.tp)
     flops = token_flops(config.model, config.data.seq_len)
     tokens = config.tokens_per_step
-    compute = 4 if config.train.precision == "fp32" else 2
-    is_sharded = config.mesh.zero_stage == 1 and dp > 1
+    compute, stage = (4 if config.train.precision == "fp32" else 2), config.mesh.zero_stage
+    shards = (config.mesh.zero_shard_size or dp) if stage else 1
+    # In fp32 the master weights are the compute weights, or at stage 3 this rank's part of them.
+    master = 0 if compute == 4 and (shards == 1 or stage == 3) else 4
     parts = {
-        "weights": compute * held,
-        "gradients": 4 * held + (4 * held // dp if is_sharded else 0),
-        "optimizer": (12 * held // dp if is_sharded else (8 if compute == 4 else 12) * held),
+        "weights": compute * held // (shards if stage == 3 else 1),
+        "gradients": 4 * held // shards + (4 * held if stage == 1 and shards > 1 else 0),
+        "optimizer": (8 + master) * held // shards,
     }
     gib = {name: f"{size / 2**30:,.2f} GiB" for name, size in parts.items()}
     lines = [

@@ -115,7 +115,12 @@ class MeshConfig(Section):
     sequence_parallel: bool = Field(
         False, description="divide norms and residual stream among the tp processes too; saves memory"
     )
-    zero_stage: Literal[0, 1] = Field(1, description="0: replicate optimizer state; 1: shard it over dp")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what dp shares out: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights"
+    )
+    zero_shard_size: int = Field(
+        0, ge=0, description="dp processes that share one model's state, the rest replicate; 0 means all"
+    )
     bucket_mib: float = Field(8.0, gt=0, description="gradient bucket, MiB of fp32; one collective each")
 
 
@@ -278,14 +283,20 @@ class Config(Section):
     def data_parallel_size(self, processes: int) -> int:
         """How many groups of processes each hold a whole model.
 
-        Raises:  ConfigError if the processes do not make whole groups
+        Raises:  ConfigError if the processes do not make whole groups, or those not whole shard groups
         """
         if processes % self.mesh.tp:
             raise ConfigError(
                 f"mesh.tp={self.mesh.tp} does not divide the number of processes, {processes}; start a "
                 f"multiple of {self.mesh.tp}, or use mesh.tp from {_divisors(processes)}"
             )
-        return processes // self.mesh.tp
+        dp, size = processes // self.mesh.tp, self.mesh.zero_shard_size
+        if size and dp % size:
+            raise ConfigError(
+                f"mesh.zero_shard_size={size} does not divide the data-parallel size {dp}; use 0 (all) or "
+                f"one of {_divisors(dp)}"
+            )
+        return dp
 
     @property
     def kv_copies(self) -> int:

@@ -18,7 +18,8 @@ from megalite.engines.engine import StepSums
 from megalite.errors import CheckpointError
 from megalite.model.init import initial_values
 from megalite.model.transformer import Losses, Transformer, dropout_keys
-from megalite.optim.zero import STATE_KINDS, OwnedRange, ZeroOptimizer
+from megalite.optim.buckets import OwnedRange
+from megalite.optim.zero import STATE_KINDS, ZeroOptimizer
 from megalite.parallel.layers import TensorParallel
 from megalite.parallel.mesh import Mesh
 from megalite.parallel.sharding import shard_specs
@@ -27,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class NativeEngine:
-    """Implements `Engine` with explicit tensor and data parallelism, at ZeRO 0 or 1."""
+    """Implements `Engine` with explicit tensor and data parallelism, at ZeRO 0 to 3."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
@@ -55,16 +56,16 @@ class NativeEngine:
     def forward_backward(self, micro_batches: Sequence[Batch]) -> StepSums:
         """See `Engine`."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)
-        self.optimizer.begin_step()
+        gradients = self.optimizer.gradients
+        gradients.begin_step()
         for index, batch in enumerate(micro_batches):
             losses = self._losses(batch)
-            if index == len(micro_batches) - 1:
-                self.optimizer.begin_last_micro_batch()
+            gradients.begin_micro_batch(is_last=index == len(micro_batches) - 1)
             # A constant divisor: how many labels of the global batch are valid is only known once
             # all ranks have reported, and the trainer corrects for it in `grad_scale`.
             torch.autograd.backward(losses.total / self.config.tokens_per_step)
+            gradients.finish_micro_batch()
             sums += torch.stack([losses.total.detach(), losses.z_loss, losses.tokens]).double()
-        self.optimizer.finish_reduction()
         total, z_loss, tokens = sums.tolist()
         norm_squared = float(self.optimizer.local_norm_squared())
         if self.mesh.tp.rank > 0:  # its peers have computed the same losses, and rank 0 reports them
@@ -93,13 +94,13 @@ class NativeEngine:
             return initial_values(config.model, config.seed, owned.name, owned.start, owned.stop)
 
         self.optimizer.fill("weight", values)
-        self.optimizer.publish()
+        self.optimizer.weights.publish()
 
     def state_slices(self) -> Iterator[TensorSlice]:
         """See `Engine`. Of ranks that hold the same state the first gives it."""
-        if not self.optimizer.is_sharded and self.mesh.dp.rank > 0:
+        if not self.optimizer.speaks:
             return
-        owned_ranges = [owned for owned in self.optimizer.owned_ranges() if owned.speaks]
+        owned_ranges = [owned for owned in self.optimizer.layout.owned_ranges() if owned.speaks]
         for kind in STATE_KINDS:
             shard = self.optimizer.state(kind)
             for owned in owned_ranges:
@@ -110,7 +111,9 @@ class NativeEngine:
 
         Raises:  CheckpointError if the checkpoint is of another model
         """
-        expected = {slot.name: slot.spec.shape for bucket in self.optimizer.buckets for slot in bucket.slots}
+        expected = {
+            slot.name: slot.spec.shape for bucket in self.optimizer.layout.buckets for slot in bucket.slots
+        }
         found = {name: tuple(checkpoint.shape(name)) for name in checkpoint.names("weight")}
         if found != expected:
             name = next(n for n in {**expected, **found} if expected.get(n) != found.get(n))
@@ -125,7 +128,7 @@ class NativeEngine:
 
             self.optimizer.fill(kind, values)
         self.optimizer.applied_steps = int(checkpoint.meta["applied_steps"])
-        self.optimizer.publish()
+        self.optimizer.weights.publish()
 
     def _losses(self, batch: Batch, training: bool = True) -> Losses:
         device = self.mesh.device
@@ -137,12 +140,13 @@ class NativeEngine:
         if training and self.config.model.dropout:
             keys = dropout_keys(self.config.seed, on_device(batch.sample_ids))
         doc_starts = None if batch.doc_starts is None else on_device(batch.doc_starts)
-        return self.model.loss(
-            on_device(batch.tokens),
-            on_device(batch.labels),
-            on_device(batch.positions),
-            doc_starts,
-            dropout_keys=keys,
-            z_loss=self.config.train.z_loss if training else 0.0,
-            chunk_tokens=self.config.train.loss_chunk_tokens,
-        )
+        with self.optimizer.weights.root():
+            return self.model.loss(
+                on_device(batch.tokens),
+                on_device(batch.labels),
+                on_device(batch.positions),
+                doc_starts,
+                dropout_keys=keys,
+                z_loss=self.config.train.z_loss if training else 0.0,
+                chunk_tokens=self.config.train.loss_chunk_tokens,
+            )

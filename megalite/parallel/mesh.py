@@ -37,12 +37,16 @@ class Mesh:
     Ranks are counted with tp innermost, so that tensor-parallel peers, which talk most, are
     neighbours on one host: rank = dp.rank · tp.size + tp.rank. `kv` is the part of the tp axis whose
     ranks hold the same key and value heads, where tp has more ranks than the model has such heads.
+    The dp axis is divided into groups of neighbours, `shard`, that ZeRO divides a model's state among;
+    ranks at the same place in different groups are `replicas` of each other.
     """
 
     rank: int
     size: int
     dp: Axis
     device: torch.device
+    shard: Axis = ALONE
+    replicas: Axis = ALONE
     tp: Axis = ALONE
     kv: Axis = ALONE
 
@@ -52,12 +56,13 @@ class Mesh:
         return Axis(self.rank, self.size, dist.group.WORLD if self.size > 1 else None)
 
 
-def build_mesh(timeout_s: float = 600.0, tp: int = 1, kv_copies: int = 1) -> Mesh:
+def build_mesh(timeout_s: float = 600.0, tp: int = 1, kv_copies: int = 1, zero_shard_size: int = 0) -> Mesh:
     """Join the process group that torchrun or the deepspeed launcher described, or stand alone.
 
     The launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. With a CUDA device
-    the backend is nccl, otherwise gloo. `tp` divides the number of processes and `kv_copies`, the
-    ranks that share a key head, divides `tp`.
+    the backend is nccl, otherwise gloo. `tp` divides the number of processes; `kv_copies`, the
+    ranks that share a key head, divides `tp`; `zero_shard_size`, the ranks that share a model's state,
+    divides the data-parallel size, which 0 stands for.
 
     Raises:  ConfigError if the launcher's variables are incomplete or a local rank has no device
     """
@@ -74,11 +79,17 @@ def build_mesh(timeout_s: float = 600.0, tp: int = 1, kv_copies: int = 1) -> Mes
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     timeout = timedelta(seconds=timeout_s)
+    width = (zero_shard_size or size // tp) * tp  # ranks of all the groups of shards that are neighbours
+    shards = [
+        list(range(low + place, low + width, tp)) for low in range(0, size, width) for place in range(tp)
+    ]
     return Mesh(
         rank=rank,
         size=size,
         dp=_axis([list(range(place, size, tp)) for place in range(tp)], rank, timeout),
         device=device,
+        shard=_axis(shards, rank, timeout),
+        replicas=_axis([list(range(place, size, width)) for place in range(width)], rank, timeout),
         tp=_axis(_blocks(size, tp), rank, timeout),
         kv=_axis(_blocks(size, kv_copies), rank, timeout),
     )

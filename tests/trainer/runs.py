@@ -58,14 +58,14 @@ def tiny(root: Path, *overrides: str) -> Config:
 
 
 @cache
-def _mesh(tp: int, kv_copies: int) -> Mesh:
+def _mesh(tp: int, kv_copies: int, zero_shard_size: int) -> Mesh:
     """This process's place in the layout; made once, for making its groups takes longer than a tiny run."""
-    return build_mesh(tp=tp, kv_copies=kv_copies)
+    return build_mesh(tp=tp, kv_copies=kv_copies, zero_shard_size=zero_shard_size)
 
 
 def lay_out(mesh: Mesh, config: Config) -> Mesh:
     """The mesh a config asks for, of the processes of `mesh`."""
-    return mesh if config.mesh.tp == 1 else _mesh(config.mesh.tp, config.kv_copies)
+    return _mesh(config.mesh.tp, config.kv_copies, config.mesh.zero_shard_size) if mesh.size > 1 else mesh
 
 
 def train(mesh: Mesh, config: Config) -> list[dict[str, Any]]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
+import torch
 
-from megalite.parallel.mesh import Mesh
+from megalite.config import Config
+from megalite.engines.native import NativeEngine
+from megalite.model.flops import count_parameters
+from megalite.optim.buckets import ROOT
+from megalite.parallel.mesh import Axis, Mesh
+from megalite.trainer import Trainer
 from tests.ranks import run_ranks
-from tests.trainer.runs import curve, tiny, train
+from tests.trainer.runs import curve, lay_out, tiny, train
 
 
 def _relative(ours: list[tuple[float, float]], reference: list[tuple[float, float]]) -> float:
@@ -20,10 +27,6 @@ def _relative(ours: list[tuple[float, float]], reference: list[tuple[float, floa
 
 @pytest.fixture(scope="module")
 def reference(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, float]]:
-    import torch
-
-    from megalite.parallel.mesh import Axis
-
     mesh = Mesh(0, 1, Axis(), torch.device("cpu"))
     run = tmp_path_factory.mktemp("reference") / "run"
     return curve(train(mesh, tiny(datasets, f"run_dir={run}")))
@@ -42,6 +45,18 @@ LAYOUTS = [
     (4, ["mesh.zero_stage=0"]),
     (2, ["train.recompute=full"]),
     (2, ["train.recompute=selective"]),
+    (2, ["mesh.zero_stage=2"]),
+    (2, ["mesh.zero_stage=3"]),
+    (3, ["mesh.zero_stage=2", "mesh.bucket_mib=0.001"]),
+    (3, ["mesh.zero_stage=3", "mesh.bucket_mib=0.001", "train.micro_batch_size=4"]),
+    (2, ["mesh.zero_stage=3", "mesh.bucket_mib=100", "train.recompute=full"]),
+    (2, ["mesh.zero_stage=3", "train.recompute=selective"]),
+    (4, ["mesh.zero_stage=1", "mesh.zero_shard_size=2"]),
+    (4, ["mesh.zero_stage=2", "mesh.zero_shard_size=2"]),
+    (4, ["mesh.zero_stage=3", "mesh.zero_shard_size=2"]),
+    (2, ["mesh.zero_stage=3", "mesh.zero_shard_size=1"]),
+    (4, ["mesh.tp=2", "mesh.zero_stage=2", "train.micro_batch_size=6"]),
+    (4, ["mesh.tp=2", "mesh.zero_stage=3", "mesh.sequence_parallel=true", "train.micro_batch_size=6"]),
     (2, ["mesh.tp=2", "train.micro_batch_size=12"]),
     (2, ["mesh.tp=2", "mesh.sequence_parallel=true", "train.micro_batch_size=8"]),
     (2, ["mesh.tp=2", "train.recompute=full", "train.micro_batch_size=24"]),
@@ -120,33 +135,69 @@ def test_bf16_stays_near_fp32_and_agrees_across_layouts(
         assert max(abs(a[0] / b[0] - 1) for a, b in zip(two, one, strict=True)) < 2**-10
 
 
-def _memory(mesh: Mesh, config: object) -> int:
-    from megalite.config import Config
-    from megalite.engines.native import NativeEngine
+def _memory(mesh: Mesh, config: Config) -> int:
+    """Bytes of all tensors an engine brings into the process."""
+    gc.collect()
+    before = _storages()
+    engine = NativeEngine(config, lay_out(mesh, config))
+    engine.initialize()
+    return sum(size for place, size in _storages().items() if place not in before)
 
-    assert isinstance(config, Config)
-    optimizer = NativeEngine(config, mesh).optimizer
-    tensors = [optimizer.weights, optimizer.grads, optimizer.grad_shard, optimizer.master]
-    tensors += [optimizer.exp_avg, optimizer.exp_avg_sq]
-    return sum(size for _, size in {(t.data_ptr(), t.numel() * t.element_size()) for t in tensors})
+
+def _storages() -> dict[int, int]:
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not thing.is_meta]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "world", "bytes_each"),
+    ("stage", "precision", "world", "extra", "bytes_each"),
     [
-        (0, "fp32", 2, 16),
-        (0, "bf16", 2, 18),
-        (1, "bf16", 2, 6 + 16 / 2),
-        (1, "bf16", 4, 6 + 16 / 4),
-        (1, "fp32", 4, 8 + 16 / 4),
+        (0, "fp32", 2, [], 16),
+        (0, "bf16", 2, [], 18),
+        (1, "bf16", 2, [], 6 + 16 / 2),
+        (1, "bf16", 4, [], 6 + 16 / 4),
+        (1, "fp32", 4, [], 8 + 16 / 4),
+        (2, "bf16", 4, [], 2 + 16 / 4),
+        (2, "bf16", 4, ["mesh.zero_shard_size=2"], 2 + 16 / 2),
+        (3, "bf16", 4, [], 18 / 4),
+        (3, "fp32", 4, [], 16 / 4),
+        (3, "bf16", 4, ["mesh.tp=2"], 18 / 2 / 2),
+        (1, "bf16", 4, ["mesh.tp=2"], (6 + 16 / 2) / 2),
     ],
+    ids=str,
 )
 def test_memory_a_rank_follows_the_formula(
-    root: Path, stage: int, precision: str, world: int, bytes_each: float
+    root: Path, stage: int, precision: str, world: int, extra: list[str], bytes_each: float
 ) -> None:
-    config = tiny(root, f"mesh.zero_stage={stage}", f"train.precision={precision}")
-    from megalite.model.flops import count_parameters
-
+    config = tiny(
+        root, "model.hidden_size=64", f"mesh.zero_stage={stage}", f"train.precision={precision}", *extra
+    )
     expected = bytes_each * count_parameters(config.model)
     for measured in run_ranks(_memory, world, config):
         assert abs(measured / expected - 1) < 0.05
+
+
+def _gathered(mesh: Mesh, config: Config) -> tuple[int, list[int]]:
+    """Bytes of the largest gathered units, and those that were here at each gradient's arrival."""
+    trainer = Trainer(config, lay_out(mesh, config))
+    engine = trainer.engine
+    assert isinstance(engine, NativeEngine)
+    weights, seen = engine.optimizer.weights, []
+    for parameter in engine.model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _: seen.append(weights.gathered_bytes))  # type: ignore[no-untyped-call]
+    for block in engine.model.blocks:
+        block.register_forward_hook(lambda *_: seen.append(weights.gathered_bytes))
+    trainer.fit()
+    assert weights.gathered_bytes == 0
+    sizes: dict[str, int] = {}
+    for bucket in engine.optimizer.layout.buckets:
+        sizes[bucket.unit] = sizes.get(bucket.unit, 0) + 4 * bucket.size * bucket.decays
+    return sizes[ROOT] + 2 * max(size for unit, size in sizes.items() if unit != ROOT), seen
+
+
+def test_stage_3_holds_two_blocks_at_a_time(root: Path) -> None:
+    config = tiny(
+        root, "mesh.zero_stage=3", "model.num_layers=6", "train.steps=3", "train.eval_every_steps=3"
+    )
+    for limit, seen in run_ranks(_gathered, 2, config):
+        assert 0 < max(seen) <= limit

@@ -85,6 +85,8 @@ RESHAPES: list[tuple[int, list[str], int, list[str]]] = [
     (4, TP4, 4, TP2),
     (4, SPLIT_STREAM, 4, TP4),
     (3, [], 4, SPLIT_STREAM),
+    (2, ["mesh.zero_stage=3"], 4, ["mesh.zero_stage=2", "mesh.zero_shard_size=2"]),
+    (4, ["mesh.zero_stage=2", "mesh.tp=2"], 3, ["mesh.zero_stage=3"]),
 ]
 
 
@@ -142,11 +144,11 @@ def _train_poisoned(mesh: Mesh, config: Config, steps: list[int], rank: int, nam
 
     def watching(batches, lr, wants_stop=False):  # type: ignore[no-untyped-def]
         optimizer = trainer.engine.optimizer  # type: ignore[attr-defined]
-        state = [optimizer.master.clone(), optimizer.exp_avg.clone(), optimizer.weights.clone()]
+        state = [optimizer.master.clone(), optimizer.exp_avg.clone(), optimizer.exp_avg_sq.clone()]
         applied = trainer.engine.applied_steps
         report = step(batches, lr, wants_stop)
         if trainer.step in steps:
-            now = [optimizer.master, optimizer.exp_avg, optimizer.weights]
+            now = [optimizer.master, optimizer.exp_avg, optimizer.exp_avg_sq]
             assert not report.is_applied
             assert trainer.engine.applied_steps == applied
             assert all(torch.equal(a, b) for a, b in zip(state, now, strict=True))
@@ -166,6 +168,8 @@ def _train_poisoned(mesh: Mesh, config: Config, steps: list[int], rank: int, nam
         (1, []),
         (2, ["mesh.zero_stage=0"]),
         (2, ["mesh.zero_stage=1"]),
+        (2, ["mesh.zero_stage=2"]),
+        (2, ["mesh.zero_stage=3"]),
         (2, ["mesh.tp=2"]),
         (4, ["mesh.tp=2", "mesh.sequence_parallel=true"]),
     ],
