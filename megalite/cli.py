@@ -28,6 +28,17 @@ examples:
 exit codes: 0 done, 2 a mistake in the input, 75 stopped after a save, 76 a peer was lost, 77 diverged
 """
 
+_PLAN_HELP = """\
+Look at a layout before spending on it. --draw prints a pipeline schedule as a timeline: a row for each
+rank, a column for each unit of time (a forward; a backward takes two), with the share of time the ranks
+are idle and the activations they hold.
+
+examples:
+  megalite plan --draw 1f1b --pp 4 --micro-batches 8
+  megalite plan --draw interleaved --pp 4 --micro-batches 8 --chunks 2
+  megalite plan --draw zero_bubble --pp 4 --micro-batches 8
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
@@ -82,8 +93,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--keys", action="store_true", help="print every configuration key and leave")
     train.set_defaults(func=_train)
+    _add_plan(commands)
     _add_other_commands(commands)
     return parser
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="look at a layout before spending on it",
+        description=_PLAN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.add_argument("--draw", metavar="SCHEDULE", help="gpipe, 1f1b, interleaved or zero_bubble")
+    plan.add_argument("--pp", type=int, default=4, help="pipeline ranks (default 4)")
+    plan.add_argument("--micro-batches", type=int, default=8, help="micro-batches a step (default 8)")
+    plan.add_argument("--chunks", type=int, default=1, help="stages a rank, for interleaved (default 1)")
+    plan.set_defaults(func=_plan)
 
 
 def _add_other_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -107,6 +133,20 @@ def _train(args: argparse.Namespace) -> int:
         print(_dry_run(config))
         return 0
     return _run(config)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from megalite.parallel.schedule import build_schedule
+    from megalite.parallel.timeline import draw, simulate
+
+    if args.draw is None:
+        raise ConfigError("nothing to plan; try megalite plan --draw 1f1b --pp 4 --micro-batches 8")
+    schedule = build_schedule(args.draw, args.pp, args.micro_batches, args.chunks)
+    chunks = f", {args.chunks} chunks a rank" if args.chunks > 1 else ""
+    print(
+        draw(simulate(schedule), f"{args.draw}, {args.pp} ranks, {args.micro_batches} micro-batches{chunks}")
+    )
+    return 0
 
 
 def _run(config: Config) -> int:
