@@ -144,7 +144,7 @@ def _interleaved(rank: int, pp: int, micro_batches: int, chunks: int) -> list[Ac
 
 
 def _zero_bubble(rank: int, pp: int, micro_batches: int, chunks: int) -> list[Action]:
-    """ZB-H1: 1f1b with the weight half put off by `rank` micro-batches (Qi et al. 2023, section 2.3).
+    """ZB-H1: 1f1b with the weight half put off by `rank` micro-batches (Qi et al. 2023, section 2.1).
 
     Input gradients so reach the earlier ranks sooner, and the weight halves that wait fill the time
     in which the pipeline drains. Rank r holds pp - r micro-batches before their input gradient, as in

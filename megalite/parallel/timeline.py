@@ -1,10 +1,12 @@
 """What a schedule costs, without running it: times, bubble, activations held, and a drawing.
 
-Sources: Huang et al. 2019, section 2.3; Narayanan et al. 2021, section 2.2; Qi et al. 2023, table 1
+Sources: Huang et al. 2019, section 2.3; Narayanan et al. 2021, section 2.2; Qi et al. 2023, table 2
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -62,33 +64,31 @@ def simulate(schedule: Schedule, durations: Mapping[Kind, float] = UNIT_DURATION
              if ranks wait for each other in a circle
     """
     stages = count_stages(schedule)
+    queues = [deque(actions) for actions in schedule]
     spans: list[list[Span]] = [[] for _ in schedule]
-    ready: dict[Message, float] = {}
     held: list[set[tuple[int, int]]] = [set() for _ in schedule]
     peaks = [0] * len(schedule)
     done: set[Action] = set()
-    progress = True
-    while progress:
-        progress = False
-        for rank, actions in enumerate(schedule):
-            while len(spans[rank]) < len(actions):
-                action = actions[len(spans[rank])]
-                needed = consumed(action, stages)
-                if needed is not None and needed not in ready:
-                    break
-                _check_place(action, rank, len(schedule), done)
-                start = max(
-                    spans[rank][-1].end if spans[rank] else 0.0, ready.get(needed, 0.0) if needed else 0.0
-                )
-                span = Span(action, start, start + durations[action.kind])
-                spans[rank].append(span)
-                done.add(action)
-                if made := produced(action, stages):
-                    ready[made] = span.end
-                _account(action, held[rank])
-                peaks[rank] = max(peaks[rank], len(held[rank]))
-                progress = True
-    _check_finished(schedule, spans, stages)
+    ready: dict[Message | None, float] = {None: 0.0}  # what waits for no message can always start
+
+    def runnable() -> int | None:
+        return next(
+            (r for r, queue in enumerate(queues) if queue and consumed(queue[0], stages) in ready), None
+        )
+
+    while (rank := runnable()) is not None:
+        action = queues[rank].popleft()
+        _check_place(action, rank, len(schedule), done)
+        start = max(spans[rank][-1].end if spans[rank] else 0.0, ready[consumed(action, stages)])
+        span = Span(action, start, start + durations[action.kind])
+        spans[rank].append(span)
+        done.add(action)
+        if message := produced(action, stages):
+            ready[message] = span.end
+        _account(action, held[rank])
+        peaks[rank] = max(peaks[rank], len(held[rank]))
+    if stuck := [f"rank {rank} at {queue[0]}" for rank, queue in enumerate(queues) if queue]:
+        raise ValueError(f"deadlock: no message arrives for {', '.join(stuck)} (of {stages} stages)")
     return Timeline(tuple(map(tuple, spans)), tuple(peaks))
 
 
@@ -99,7 +99,7 @@ def draw(timeline: Timeline, title: str = "") -> str:
     several chunks a letter says which of the rank's chunks it is: a, b, …
     """
     stages = count_stages(tuple(tuple(span.action for span in spans) for spans in timeline.ranks))
-    pp, columns = len(timeline.ranks), int(timeline.total)
+    pp, columns = len(timeline.ranks), math.ceil(timeline.total)
     width = max(len(_label(span.action, pp, stages)) for spans in timeline.ranks for span in spans) + 1
     head = len(f"rank {pp - 1} ")
     lines = [title] if title else []
@@ -160,13 +160,3 @@ def _check_place(action: Action, rank: int, pp: int, done: set[Action]) -> None:
     own = _NEEDS.get(action.kind)
     if own is not None and Action(own, action.micro_batch, action.stage) not in done:
         raise ValueError(f"rank {rank} has {action} before {own.value}{action.micro_batch}@{action.stage}")
-
-
-def _check_finished(schedule: Schedule, spans: list[list[Span]], stages: int) -> None:
-    stuck = [
-        f"rank {rank} at {actions[len(spans[rank])]}"
-        for rank, actions in enumerate(schedule)
-        if len(spans[rank]) < len(actions)
-    ]
-    if stuck:
-        raise ValueError(f"deadlock: no message arrives for {', '.join(stuck)} (of {stages} stages)")

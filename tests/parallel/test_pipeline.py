@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections import Counter
 from typing import NamedTuple
 
@@ -11,10 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from megalite.parallel.deferred import WeightGradients, linear
+from megalite.parallel.deferred import linear
 from megalite.parallel.mesh import Axis, Mesh
 from megalite.parallel.pipeline import Pipeline, Program, StageForward, Transfer, build_programs
 from megalite.parallel.schedule import Action, Kind, build_evaluation, build_schedule
@@ -220,88 +218,6 @@ def test_receives_are_posted_in_time_and_not_long_before(case: tuple[str, int, i
                 assert now <= made
                 posted.add(tuple(message))
                 assert len(posted) <= 2 * max(timeline.peak_in_flight)
-
-
-# --- what is computed when, and what is held ------------------------------------------------------
-
-
-class Counting(TorchDispatchMode):
-    """Counts products of matrices, and a step that every way from the loss to a weight passes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products = self.tanh_backwards = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """See the base class."""
-        self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-        self.tanh_backwards += func is torch.ops.aten.tanh_backward.default
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("name", ["1f1b", "zero_bubble"])
-def test_each_product_once_and_weight_gradients_in_their_action(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three products a layer and micro-batch; the third in W where the schedule has one."""
-    within_w: list[tuple[int, int]] = []
-    run = WeightGradients.run
-
-    def counted(gradients: WeightGradients) -> None:
-        assert len(gradients) == 2 * LAYERS  # weights and biases
-        before = counting.products, counting.tanh_backwards
-        run(gradients)
-        within_w.append((counting.products - before[0], counting.tanh_backwards - before[1]))
-
-    monkeypatch.setattr(WeightGradients, "run", counted)
-    pipeline = Pipeline([Model(1).forward], Axis(), torch.device("cpu"))
-    with Counting() as counting:
-        pipeline.run(build_programs(build_schedule(name, 1, 2))[0], SHAPE, torch.float64)
-    assert counting.products == 2 * 3 * LAYERS
-    assert counting.tanh_backwards == 2 * LAYERS
-    assert within_w == ([(LAYERS, 0), (LAYERS, 0)] if name == "zero_bubble" else [])
-
-
-def watch_memory(mesh: Mesh, case: Case) -> tuple[int, int]:
-    """Most activations alive at once, and how many are alive at the end.
-
-    One activation a stage and micro-batch is watched: the input of its one product, which the
-    product's weight gradient needs to the last.
-    """
-    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
-    most = 0
-    weights = [nn.Parameter(torch.eye(WIDTH)) for _ in range(case.chunks)]
-
-    def forward(stage: int, micro_batch: int, x: Tensor | None, /) -> Tensor:
-        nonlocal most
-        start = torch.ones(SHAPE) if x is None else x
-        inner = start * weights[0].sum()
-        storage = inner.untyped_storage()
-        alive.add(storage)
-        most = max(most, len(alive))
-        y = linear(inner, weights[stage // case.pp])
-        return y.square().sum() if stage == case.pp * case.chunks - 1 else y
-
-    pipeline = Pipeline([forward] * case.chunks, mesh.world, mesh.device)
-    program = build_programs(build_schedule(case.name, *case[1:4]))[mesh.rank]
-    pipeline.run(program, SHAPE, torch.float32)
-    return most, len(alive)
-
-
-def watch_memory_all(mesh: Mesh, listed: list[Case]) -> list[tuple[int, int]]:
-    """Many cases in one call."""
-    return [watch_memory(mesh, case) for case in listed]
-
-
-@pytest.mark.parametrize("pp", [1, 2, 4])
-def test_activations_alive_are_those_of_the_schedule(pp: int) -> None:
-    listed = [Case(name, pp, 6) for name in ("gpipe", "1f1b", "zero_bubble")]
-    listed += [Case("interleaved", pp, 6, 2)]
-    ranks = run_ranks(watch_memory_all, pp, listed) if pp > 1 else [watch_memory_all(SOLO, listed)]
-    for case, results in zip(listed, zip(*ranks, strict=True), strict=True):
-        peaks = simulate(build_schedule(case.name, *case[1:4])).peak_in_flight
-        assert [result[0] for result in results] == list(peaks), case
-        assert [result[1] for result in results] == [0] * pp, case
 
 
 # --- odd stages, and mistakes ---------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_interleaved_with_a_broken_group_is_still_better_than_1f1b() -> None:
 
 
 def test_bubble_of_zero_bubble() -> None:
-    """(p - 1)(F + I - W), a third of 1f1b's (p - 1)(F + I + W): Qi et al. 2023, table 1, for m ≥ p.
+    """(p - 1)(F + I - W), a third of 1f1b's (p - 1)(F + I + W): Qi et al. 2023, table 2, for m ≥ p.
 
     Below p micro-batches there are too few weight halves to fill the time in which it drains.
     """
@@ -173,7 +173,7 @@ def test_zero_bubble_hides_weight_gradients_of_other_lengths() -> None:
 
 
 def test_peaks_of_activations() -> None:
-    """m, p - rank and 2(p - rank - 1) + (v - 1)p + 1; zero_bubble's largest is 1f1b's (Qi et al., 2.3)."""
+    """m, p - rank and 2(p - rank - 1) + (v - 1)p + 1; zero_bubble's largest is 1f1b's (Qi et al., 2.1)."""
     for pp, m in SIZES:
         for name, chunks in [("gpipe", 1), ("1f1b", 1), ("interleaved", 1), ("zero_bubble", 1)]:
             peaks = simulate(build_schedule(name, pp, m, chunks)).peak_in_flight
@@ -247,6 +247,13 @@ def test_drawing_names_chunks() -> None:
     assert drawn[1] == "rank 0 |F0a F0b B0b --- B0a ---"
     assert "letter = chunk" in drawn[2]
     assert drawn[-1].endswith("by rank: 2 (1/2 of a rank's layers each)")
+
+
+def test_drawing_of_parts_of_units() -> None:
+    durations = {F: 0.5, B: 0.75, I: 1, W: 1}
+    drawn = draw(simulate(build_schedule("1f1b", 2, 2), durations)).splitlines()
+    assert drawn[0] == "time   |0  1  2  3"
+    assert drawn[-2] == "total    3.75 units of time, bubble 33.3%"
 
 
 def test_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
