@@ -152,14 +152,13 @@ def _plan(args: argparse.Namespace) -> int:
 def _run(config: Config) -> int:
     import torch.distributed as dist
 
-    from megalite.parallel.mesh import build_mesh, close_mesh, world_size
+    from megalite.parallel.mesh import MeshShape, build_mesh, close_mesh, world_size
     from megalite.trainer import Trainer
 
     # A layout that cannot be is refused before any process group is built.
     config.grad_accum_steps(config.data_parallel_size(world_size()))
-    mesh = build_mesh(
-        config.resilience.comm_timeout_s, config.mesh.tp, config.kv_copies, config.mesh.zero_shard_size
-    )
+    shape = MeshShape(config.mesh.tp, config.mesh.pp, config.kv_copies, config.mesh.zero_shard_size)
+    mesh = build_mesh(config.resilience.comm_timeout_s, shape)
     try:
         Trainer(config, mesh).fit()
     except RuntimeError as error:
@@ -183,7 +182,7 @@ def _dry_run(config: Config) -> str:
     dp = config.data_parallel_size(processes)
     accumulation = config.grad_accum_steps(dp)
     parameters = count_parameters(config.model)
-    held = count_parameters(config.model, config.mesh.tp)
+    held = _largest_part(config)
     flops = token_flops(config.model, config.data.seq_len)
     tokens = config.tokens_per_step
     compute, stage = (4 if config.train.precision == "fp32" else 2), config.mesh.zero_stage
@@ -199,8 +198,8 @@ def _dry_run(config: Config) -> str:
     lines = [
         to_toml(config),
         f"parameters       {parameters:,} ({parameters / 1e9:.2f} B)",
-        f"processes        {processes} = dp {dp} × tp {config.mesh.tp}; a data-parallel one computes "
-        f"{accumulation} × {config.train.micro_batch_size} samples a step",
+        f"processes        {processes} = dp {dp} × pp {config.mesh.pp} × tp {config.mesh.tp}; "
+        f"each of the {dp} computes {accumulation} × {config.train.micro_batch_size} samples a step",
         f"bytes a process  {sum(parts.values()) / 2**30:,.2f} GiB without activations: "
         + ", ".join(f"{name} {size}" for name, size in gib.items()),
         f"tokens           {tokens:,} a step, {tokens * config.train.steps:,} in all",
@@ -208,3 +207,22 @@ def _dry_run(config: Config) -> str:
         f"FLOPs in all     {flops.strict * tokens * config.train.steps:.3g} strict",
     ]
     return "\n".join(lines)
+
+
+def _largest_part(config: Config) -> int:
+    """Parameters of the process that holds most of them."""
+    import torch
+
+    from megalite.model.transformer import Part, Transformer
+    from megalite.parallel.layers import TensorParallel
+    from megalite.parallel.mesh import Axis
+
+    pp, stages = config.mesh.pp, config.stage_layers
+    counts = []
+    for rank in range(pp):
+        layers = [layer for stage in stages[rank::pp] for layer in stage]
+        with torch.device("meta"):
+            part = Part(layers, is_first=rank == 0, is_last=rank == pp - 1)
+            model = Transformer(config.model, tp=TensorParallel(Axis(0, config.mesh.tp)), part=part)
+        counts.append(sum(parameter.numel() for parameter in model.parameters()))
+    return max(counts)

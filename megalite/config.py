@@ -7,6 +7,7 @@ with both values, and derived numbers are properties, so no value lives in two p
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -109,11 +110,19 @@ class ModelConfig(Section):
 
 
 class MeshConfig(Section):
-    """How the work is divided among processes. `dp` is derived: their number divided by `tp`."""
+    """How the work is divided among processes. `dp` is derived: their number divided by `tp` · `pp`."""
 
     tp: int = Field(1, ge=1, description="processes that share each layer; keep them on one host")
     sequence_parallel: bool = Field(
         False, description="divide norms and residual stream among the tp processes too; saves memory"
+    )
+    pp: int = Field(1, ge=1, description="pipeline stages, each with a part of the layers")
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field(
+        "1f1b", description="order of the micro-batches; see `megalite plan --draw`"
+    )
+    pp_chunks: int = Field(1, ge=1, description="interleaved: stages a process holds")
+    pp_layers: tuple[int, ...] = Field(
+        (), strict=False, description="layers of each stage, pp · pp_chunks of them; [] divides evenly"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="what dp shares out: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights"
@@ -250,6 +259,7 @@ class Config(Section):
                 "name a validation dataset or set it to 0"
             )
         self._check_tp()
+        self._check_pp()
         return self
 
     def _check_tp(self) -> None:
@@ -280,17 +290,57 @@ class Config(Section):
             )
         raise ValueError(f"mesh.tp={tp} does not divide {' and '.join(names)}; use mesh.tp from {legal}")
 
+    def _check_pp(self) -> None:
+        """A pipeline's stages need layers, and its schedule the right number of chunks.
+
+        Raises:  ValueError
+        """
+        mesh, layers = self.mesh, self.model.num_layers
+        stages = mesh.pp * mesh.pp_chunks
+        if (mesh.pp_chunks > 1) != (mesh.pp_schedule == "interleaved"):
+            raise ValueError(
+                f'mesh.pp_chunks={mesh.pp_chunks} with mesh.pp_schedule="{mesh.pp_schedule}"; set '
+                'pp_chunks > 1 with "interleaved" and 1 otherwise'
+            )
+        if stages > layers:
+            raise ValueError(
+                f"mesh.pp={mesh.pp} × mesh.pp_chunks={mesh.pp_chunks} are more stages than "
+                f"model.num_layers={layers}; use at most {layers}"
+            )
+        if mesh.pp_layers and (
+            len(mesh.pp_layers) != stages or sum(mesh.pp_layers) != layers or min(mesh.pp_layers) < 0
+        ):
+            raise ValueError(
+                f"mesh.pp_layers={list(mesh.pp_layers)}; give pp · pp_chunks = {stages} numbers that add up "
+                f"to model.num_layers={layers}"
+            )
+        if mesh.pp_schedule == "zero_bubble" and self.train.compile:
+            raise ValueError(
+                'mesh.pp_schedule="zero_bubble" splits each backward, which train.compile=true does not '
+                'let it; use "1f1b", or train.compile=false'
+            )
+
+    @property
+    def stage_layers(self) -> list[range]:
+        """The layers of each pipeline stage; where they do not divide, the first stages take one more."""
+        stages = self.mesh.pp * self.mesh.pp_chunks
+        least, more = divmod(self.model.num_layers, stages)
+        counts = self.mesh.pp_layers or [least + (stage < more) for stage in range(stages)]
+        ends = list(itertools.accumulate(counts))
+        return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
+
     def data_parallel_size(self, processes: int) -> int:
         """How many groups of processes each hold a whole model.
 
         Raises:  ConfigError if the processes do not make whole groups, or those not whole shard groups
         """
-        if processes % self.mesh.tp:
+        tp, pp = self.mesh.tp, self.mesh.pp
+        if processes % (tp * pp):
             raise ConfigError(
-                f"mesh.tp={self.mesh.tp} does not divide the number of processes, {processes}; start a "
-                f"multiple of {self.mesh.tp}, or use mesh.tp from {_divisors(processes)}"
+                f"mesh.tp={tp} × mesh.pp={pp} does not divide the number of processes, {processes}; start a "
+                f"multiple of {tp * pp}, or use a tp · pp from {_divisors(processes)}"
             )
-        dp, size = processes // self.mesh.tp, self.mesh.zero_shard_size
+        dp, size = processes // (tp * pp), self.mesh.zero_shard_size
         if size and dp % size:
             raise ConfigError(
                 f"mesh.zero_shard_size={size} does not divide the data-parallel size {dp}; use 0 (all) or "

@@ -155,7 +155,7 @@ class Trainer:
         loader = self.validation
         batches = (loader.batch(mine[i : i + width]) for i in range(0, len(mine), width))
         sums = torch.tensor(self.engine.evaluate(batches), dtype=torch.float64, device=self.mesh.device)
-        loss, tokens = all_reduce(sums, self.mesh.dp).tolist()
+        loss, tokens = all_reduce(sums, self.mesh.world).tolist()
         return float(loss / max(tokens, 1.0))
 
     def save(self) -> None:
@@ -266,7 +266,10 @@ class Trainer:
             )
         mesh = self.mesh
         if mesh.size > 1:
-            self.log.say(f"{mesh.size} processes = dp {mesh.dp.size} × tp {mesh.tp.size}, tp innermost")
+            sizes = f"dp {mesh.dp.size} × pp {mesh.pp.size} × tp {mesh.tp.size}"
+            self.log.say(
+                f"{mesh.size} processes = {sizes}; rank = (dp · {mesh.pp.size} + pp) · {mesh.tp.size} + tp"
+            )
         if found is None:
             self.log.event("start", 0, processes=self.mesh.size, parameters=self.engine.num_parameters)
             return

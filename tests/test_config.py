@@ -212,6 +212,8 @@ def test_tensor_parallelism_that_does_not_divide(overrides: list[str], expected:
 def test_processes_that_make_no_whole_groups() -> None:
     config = tiny(Path("x"), "mesh.tp=2")
     assert config.data_parallel_size(6) == 3
-    with pytest.raises(ConfigError, match=r"mesh.tp=2 does not divide the number of processes, 3.*\[1, 3\]"):
+    with pytest.raises(
+        ConfigError, match=r"mesh.tp=2 × mesh.pp=1 does not divide the number of processes, 3.*\[1, 3\]"
+    ):
         config.data_parallel_size(3)
     assert [tiny(Path("x"), f"mesh.tp={tp}").kv_copies for tp in (1, 2, 4)] == [1, 1, 2]

@@ -46,7 +46,7 @@ class Engine(Protocol):
         """Update the weights with the reduced gradients times `grad_scale`."""
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, float]:
-        """Summed cross-entropy in nats and valid tokens of this rank's micro-batches."""
+        """This rank's share of the summed cross-entropy in nats and of the valid tokens, as in `StepSums`."""
 
     def initialize(self) -> None:
         """Set fresh weights, a function of the seed alone."""
@@ -55,4 +55,4 @@ class Engine(Protocol):
         """What this rank contributes to a checkpoint: weights and optimizer state in fp32."""
 
     def load_state(self, checkpoint: Checkpoint) -> None:
-        """Restore weights, optimizer state and step count from a checkpoint of any dp size."""
+        """Restore weights, optimizer state and step count from a checkpoint of any layout."""

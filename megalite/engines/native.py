@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -17,36 +18,55 @@ from megalite.data.loader import Batch
 from megalite.engines.engine import StepSums
 from megalite.errors import CheckpointError
 from megalite.model.init import initial_values
-from megalite.model.transformer import Losses, Transformer, dropout_keys
+from megalite.model.transformer import Part, Shared, Transformer, dropout_keys
 from megalite.optim.buckets import OwnedRange
 from megalite.optim.zero import STATE_KINDS, ZeroOptimizer
 from megalite.parallel.layers import TensorParallel
 from megalite.parallel.mesh import Mesh
+from megalite.parallel.pipeline import Pipeline, Program, build_programs
+from megalite.parallel.schedule import build_evaluation, build_schedule
 from megalite.parallel.sharding import shard_specs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class NativeEngine:
-    """Implements `Engine` with explicit tensor and data parallelism, at ZeRO 0 to 3."""
+    """Implements `Engine` with explicit tensor, pipeline and data parallelism, at ZeRO 0 to 3.
+
+    One executor runs every step; without pipeline parallelism its schedule is a forward and a backward of
+    each micro-batch.
+    """
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
+        # Stage s of all lives on rank s % pp: see `schedule`.
+        self.stage_layers = config.stage_layers
+        mine = range(mesh.pp.rank, len(self.stage_layers), mesh.pp.size)
+        part = Part(
+            [layer for stage in mine for layer in self.stage_layers[stage]],
+            is_first=mesh.pp.rank == 0,
+            is_last=mesh.pp.rank == mesh.pp.size - 1,
+            ends=mesh.ends,
+        )
         tp = TensorParallel(mesh.tp, mesh.kv, config.mesh.sequence_parallel)
         with torch.device("meta"):
-            self.model = Transformer(config.model, config.train.recompute, tp)
-        self.num_parameters = sum(math.prod(spec.shape) for spec in shard_specs(self.model).values())
+            self.model = Transformer(config.model, config.train.recompute, tp, part)
+            specs = shard_specs(Transformer(config.model))
+        self.shapes = {name: spec.shape for name, spec in specs.items()}
+        self.num_parameters = sum(map(math.prod, self.shapes.values()))
+        self.dtype = DTYPES[config.train.precision]
         self.optimizer = ZeroOptimizer(
             self.model,
             config.optim,
             mesh,
             config.mesh.zero_stage,
             int(config.mesh.bucket_mib * 2**20),
-            DTYPES[config.train.precision],
+            self.dtype,
         )
         if config.train.compile:
-            for block in self.model.blocks:
+            for block in self.model.blocks.values():
                 block.compile()
+        self._programs: dict[tuple[int, bool], Program] = {}
 
     @property
     def applied_steps(self) -> int:
@@ -55,35 +75,23 @@ class NativeEngine:
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> StepSums:
         """See `Engine`."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)
-        gradients = self.optimizer.gradients
-        gradients.begin_step()
-        for index, batch in enumerate(micro_batches):
-            losses = self._losses(batch)
-            gradients.begin_micro_batch(is_last=index == len(micro_batches) - 1)
-            # A constant divisor: how many labels of the global batch are valid is only known once
-            # all ranks have reported, and the trainer corrects for it in `grad_scale`.
-            torch.autograd.backward(losses.total / self.config.tokens_per_step)
-            gradients.finish_micro_batch()
-            sums += torch.stack([losses.total.detach(), losses.z_loss, losses.tokens]).double()
-        total, z_loss, tokens = sums.tolist()
+        self.optimizer.gradients.begin_step(len(micro_batches))
+        total, z_loss, tokens = self._run(micro_batches, is_training=True)
+        self.optimizer.gradients.finish_step()
         norm_squared = float(self.optimizer.local_norm_squared())
-        if self.mesh.tp.rank > 0:  # its peers have computed the same losses, and rank 0 reports them
-            return StepSums(0.0, 0.0, 0.0, norm_squared)
         return StepSums(total - z_loss, z_loss, tokens, norm_squared)
 
     def optimizer_step(self, lr: float, grad_scale: float) -> None:
         """See `Engine`."""
         self.optimizer.step(lr, grad_scale)
 
-    @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, float]:
         """See `Engine`."""
         loss = tokens = 0.0
-        for batch in micro_batches:
-            losses = self._losses(batch, training=False)
-            loss += float(losses.total)
-            tokens += float(losses.tokens)
+        by_shape = itertools.groupby(micro_batches, key=lambda batch: batch.tokens.shape)
+        for _, batches in by_shape:  # one run each, for a pipeline's activations have one shape
+            total, _, count = self._run(list(batches), is_training=False)
+            loss, tokens = loss + total, tokens + count
         return loss, tokens
 
     def initialize(self) -> None:
@@ -111,9 +119,7 @@ class NativeEngine:
 
         Raises:  CheckpointError if the checkpoint is of another model
         """
-        expected = {
-            slot.name: slot.spec.shape for bucket in self.optimizer.layout.buckets for slot in bucket.slots
-        }
+        expected = self.shapes
         found = {name: tuple(checkpoint.shape(name)) for name in checkpoint.names("weight")}
         if found != expected:
             name = next(n for n in {**expected, **found} if expected.get(n) != found.get(n))
@@ -130,23 +136,59 @@ class NativeEngine:
         self.optimizer.applied_steps = int(checkpoint.meta["applied_steps"])
         self.optimizer.weights.publish()
 
-    def _losses(self, batch: Batch, training: bool = True) -> Losses:
+    def _run(self, micro_batches: Sequence[Batch], is_training: bool) -> tuple[float, float, float]:
+        """Sums of loss with z-loss, z-loss, and valid tokens; zeros on all but one rank of a model."""
+        mesh, train = self.mesh, self.config.train
+        last_stage = len(self.stage_layers) - 1
+        sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
+        inputs = [self._inputs(batch, is_training) for batch in micro_batches]
+
+        def forward(stage: int, index: int, x: Tensor | None) -> Tensor:
+            tokens, labels, positions, shared = inputs[index]
+            with self.optimizer.weights.root(is_needed=stage in (0, last_stage)):
+                if x is None:
+                    x = self.model.embed(tokens, positions, shared)
+                x = self.model.run_blocks(x, self.stage_layers[stage], shared)
+                if stage != last_stage:
+                    return x
+                z_loss = train.z_loss if is_training else 0.0
+                losses = self.model.stream_loss(x, labels, z_loss, train.loss_chunk_tokens)
+            if mesh.tp.rank == 0:  # its peers compute the same
+                sums.add_(torch.stack([losses.total.detach(), losses.z_loss, losses.tokens]))
+            # A constant divisor: how many labels of the global batch are valid is only known once
+            # all ranks have reported, and the trainer corrects for it in `grad_scale`.
+            return losses.total / self.config.tokens_per_step
+
+        tokens = micro_batches[0].tokens.size
+        rows = tokens // mesh.tp.size if self.model.tp.divides_tokens else tokens
+        pipeline = Pipeline([forward] * self.config.mesh.pp_chunks, mesh.pp, mesh.device)
+        program = self._program(len(micro_batches), is_training)
+        pipeline.run(program, (rows, self.config.model.hidden_size), self.dtype)
+        total, z_loss, count = sums.tolist()
+        return total, z_loss, count
+
+    def _program(self, micro_batches: int, is_training: bool) -> Program:
+        key = (micro_batches, is_training)
+        if key not in self._programs:
+            pp, chunks = self.mesh.pp.size, self.config.mesh.pp_chunks
+            if is_training:
+                schedule = build_schedule(self.config.mesh.pp_schedule, pp, micro_batches, chunks)
+            else:
+                schedule = build_evaluation(pp, micro_batches, chunks)
+            self._programs[key] = build_programs(schedule)[self.mesh.pp.rank]
+        return self._programs[key]
+
+    def _inputs(self, batch: Batch, is_training: bool) -> tuple[Tensor, Tensor, Tensor, Shared]:
+        """Tokens, labels and positions [batch, seq] on the device, and what the blocks share."""
         device = self.mesh.device
 
         def on_device(array: NDArray[Any]) -> Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
 
         keys = None
-        if training and self.config.model.dropout:
+        if is_training and self.config.model.dropout:
             keys = dropout_keys(self.config.seed, on_device(batch.sample_ids))
         doc_starts = None if batch.doc_starts is None else on_device(batch.doc_starts)
-        with self.optimizer.weights.root():
-            return self.model.loss(
-                on_device(batch.tokens),
-                on_device(batch.labels),
-                on_device(batch.positions),
-                doc_starts,
-                dropout_keys=keys,
-                z_loss=self.config.train.z_loss if training else 0.0,
-                chunk_tokens=self.config.train.loss_chunk_tokens,
-            )
+        positions = on_device(batch.positions)
+        shared = self.model.share(batch.tokens.shape, positions, doc_starts, keys)
+        return on_device(batch.tokens), on_device(batch.labels), positions, shared

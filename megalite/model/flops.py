@@ -36,15 +36,12 @@ class TokenFlops:
     non_causal: float
 
 
-def count_parameters(config: ModelConfig, tp: int = 1) -> int:
-    """Elements of all parameters, a tied embedding once; with `tp`, of the largest rank's part."""
+def count_parameters(config: ModelConfig) -> int:
+    """Elements of all parameters, a tied embedding once."""
     from megalite.model.transformer import Transformer
-    from megalite.parallel.layers import TensorParallel
-    from megalite.parallel.mesh import Axis
 
     with torch.device("meta"):
-        model = Transformer(config, tp=TensorParallel(Axis(0, tp)))
-    return sum(p.numel() for p in model.parameters())
+        return sum(p.numel() for p in Transformer(config).parameters())
 
 
 def token_flops(config: ModelConfig, seq_len: int) -> TokenFlops:

@@ -7,6 +7,7 @@ parameters are stored or gradients reduced.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,8 @@ from megalite.config import ModelConfig
 from megalite.model.attention import Attention, KVCache, rotation
 from megalite.model.mlp import MLP
 from megalite.parallel.layers import TensorParallel, enter_tp, vocab_parallel_embedding, vocab_shard
-from megalite.parallel.sharding import ShardedModule, split
+from megalite.parallel.mesh import ALONE, Axis
+from megalite.parallel.sharding import ShardedModule, across_stages, split
 from megalite_kernels import dropout, embedding, layer_norm, linear_cross_entropy, rms_norm
 from megalite_kernels.counter import derive_key, fold
 
@@ -96,31 +98,67 @@ class Block(nn.Module):
         return dropout(y, self.dropout, fold(noise.keys, 2 * self.index + branch + 1), noise.places)
 
 
-class Transformer(ShardedModule):
-    """The whole model, or with tensor parallelism a rank's part of it.
+@dataclass(frozen=True)
+class Part:
+    """What of a model a pipeline rank holds: some layers, the embedding if first, norm and head if last.
 
-    Built on the meta device it costs nothing until values are assigned. Inside, the residual stream is
-    [tokens, hidden] with tokens = batch · seq.
+    `ends` are the two ranks that both hold a tied embedding.
     """
 
+    layers: Sequence[int]
+    is_first: bool = True
+    is_last: bool = True
+    ends: Axis = ALONE
+
+
+class Shared(NamedTuple):
+    """What every block needs beside the stream: `turn` from `rotation`, the rest as `forward` takes it."""
+
+    batch: int
+    turn: tuple[Tensor, Tensor] | None
+    doc_starts: Tensor | None
+    noise: DropoutRows | None
+
+
+class Transformer(ShardedModule):
+    """The whole model, or a tensor- or pipeline-parallel rank's part of it, under the whole's names.
+
+    Built on the meta device it costs nothing until values are assigned. Inside, the residual stream is
+    [tokens, hidden] with tokens = batch · seq. Attributes of what the part does not hold do not exist.
+    """
+
+    embedding: nn.Parameter
+    norm: Norm
+
     def __init__(
-        self, config: ModelConfig, recompute: Recompute = "none", tp: TensorParallel | None = None
+        self,
+        config: ModelConfig,
+        recompute: Recompute = "none",
+        tp: TensorParallel | None = None,
+        part: Part | None = None,
     ) -> None:
         super().__init__()
         self.config, self.recompute, self.tp = config, recompute, tp or TensorParallel()
+        part = part or Part(range(config.num_layers))
         table = split((config.vocab_size, config.hidden_size), self.tp.axis)
         self.first_id = table.pieces[0].start  # of this rank's rows
-        self.embedding = self.declare("embedding", table)
-        places = self.tp.replicated((config.max_seq_len, config.hidden_size))
-        self.positions = self.declare("positions", places) if config.position == "learned" else None
-        self.blocks = nn.ModuleList(Block(config, index, self.tp) for index in range(config.num_layers))
-        self.norm = Norm(config, self.tp)
-        self.head = None if config.tie_embeddings else self.declare("head", table)
+        is_tied = config.tie_embeddings
+        if part.is_first or (part.is_last and is_tied):
+            self.embedding = self.declare("embedding", across_stages(table, part.ends) if is_tied else table)
+        self.has_positions = config.position == "learned"
+        if part.is_first and self.has_positions:
+            places = (config.max_seq_len, config.hidden_size)
+            self.positions = self.declare("positions", self.tp.replicated(places))
+        self.blocks = nn.ModuleDict({str(index): Block(config, index, self.tp) for index in part.layers})
+        if part.is_last:
+            self.norm = Norm(config, self.tp)
+            if not is_tied:
+                self.head = self.declare("head", table)
 
     @property
     def output_weight(self) -> nn.Parameter:
         """The head's [vocab, hidden] matrix, or this rank's rows: its own, or the embedding's when tied."""
-        return self.embedding if self.head is None else self.head
+        return self.embedding if self.config.tie_embeddings else self.head
 
     def forward(
         self,
@@ -137,30 +175,8 @@ class Transformer(ShardedModule):
                  doc_starts [batch, seq], see `megalite_kernels.attention`; dropout_keys [batch]
                  int64, one for each sample, turns dropout on; returns [batch, seq, hidden]
         """
-        batch, seq = tokens.shape
-        if positions is None:
-            past = cache[0].length if cache else 0
-            positions = torch.arange(past, past + seq, device=tokens.device)[None]
-        x = vocab_parallel_embedding(tokens.flatten(), self.embedding, self.first_id, self.tp)
-        turn = None
-        if self.positions is None:
-            turn = rotation(positions, self.config)
-        else:
-            rows = self.tp.token_shard(positions.expand(batch, seq).flatten())
-            x = x + embedding(rows, self.positions)
-        noise = None
-        if dropout_keys is not None and self.config.dropout:
-            places = torch.arange(seq, device=tokens.device).repeat(batch)
-            keys = dropout_keys.repeat_interleave(seq)
-            noise = DropoutRows(self.tp.token_shard(keys), self.tp.token_shard(places))
-            x = dropout(x, self.config.dropout, fold(noise.keys, 0), noise.places)
-        for index, block in enumerate(self.blocks):
-            args = (x, batch, turn, doc_starts, noise, cache[index] if cache else None)
-            x = self._run(block, args)
-        y: Tensor = self.norm(x)
-        if self.tp.axis.size > 1:
-            y = enter_tp(y, self.tp)
-        return y.view(batch, seq, -1)
+        x = self._stream(tokens, positions, doc_starts, dropout_keys, cache)
+        return self._finish(x).view(*tokens.shape, -1)
 
     def loss(
         self,
@@ -174,9 +190,66 @@ class Transformer(ShardedModule):
         chunk_tokens: int = 512,
     ) -> Losses:
         """Summed next-token losses; labels [batch, seq] with -100 where nothing is asked."""
-        hidden = self(tokens, positions, doc_starts, dropout_keys=dropout_keys).flatten(0, 1)
+        x = self._stream(tokens, positions, doc_starts, dropout_keys)
+        return self.stream_loss(x, labels, z_loss, chunk_tokens)
+
+    def _stream(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        doc_starts: Tensor | None,
+        dropout_keys: Tensor | None,
+        cache: list[KVCache] | None = None,
+    ) -> Tensor:
+        """The stream after the last block."""
+        if positions is None:
+            past = cache[0].length if cache else 0
+            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+        shared = self.share(tokens.shape, positions, doc_starts, dropout_keys)
+        x = self.embed(tokens, positions, shared)
+        return self.run_blocks(x, range(self.config.num_layers), shared, cache)
+
+    # --- the same in steps, for pipeline stages -----------------------------------------------------
+
+    def share(
+        self,
+        shape: tuple[int, ...],
+        positions: Tensor,
+        doc_starts: Tensor | None,
+        dropout_keys: Tensor | None,
+    ) -> Shared:
+        """What the blocks need for tokens of `shape` (batch, seq); the rest as `forward` has it."""
+        batch, seq = shape
+        noise = None
+        if dropout_keys is not None and self.config.dropout:
+            places = torch.arange(seq, device=positions.device).repeat(batch)
+            keys = dropout_keys.repeat_interleave(seq)
+            noise = DropoutRows(self.tp.token_shard(keys), self.tp.token_shard(places))
+        turn = None if self.has_positions else rotation(positions, self.config)
+        return Shared(batch, turn, doc_starts, noise)
+
+    def embed(self, tokens: Tensor, positions: Tensor, shared: Shared) -> Tensor:
+        """The stream before the first block; tokens [batch, seq], returns [tokens, hidden] or a share."""
+        x = vocab_parallel_embedding(tokens.flatten(), self.embedding, self.first_id, self.tp)
+        if self.has_positions:
+            rows = self.tp.token_shard(positions.expand(tokens.shape).flatten())
+            x = x + embedding(rows, self.positions)
+        if shared.noise is not None:
+            x = dropout(x, self.config.dropout, fold(shared.noise.keys, 0), shared.noise.places)
+        return x
+
+    def run_blocks(
+        self, x: Tensor, layers: Sequence[int], shared: Shared, cache: list[KVCache] | None = None
+    ) -> Tensor:
+        """The stream after these layers, which the part must hold."""
+        for index in layers:
+            x = self._run(self.blocks[str(index)], (x, *shared, cache[index] if cache else None))
+        return x
+
+    def stream_loss(self, x: Tensor, labels: Tensor, z_loss: float, chunk_tokens: int) -> Losses:
+        """Summed next-token losses of the stream after the last block; labels as `loss` takes them."""
         total, z = linear_cross_entropy(
-            hidden,
+            self._finish(x),
             self.output_weight,
             labels.flatten(),
             z_loss=z_loss,
@@ -184,6 +257,11 @@ class Transformer(ShardedModule):
             vocab_shard=vocab_shard(self.first_id, self.tp),
         )
         return Losses(total, z, (labels != -100).sum())
+
+    def _finish(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        whole: Tensor = enter_tp(y, self.tp) if self.tp.axis.size > 1 else y
+        return whole
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every token; hidden [..., hidden], returns [..., vocab]."""

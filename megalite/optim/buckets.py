@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from megalite.parallel.mesh import Axis
+from megalite.parallel.mesh import ALONE, Axis
 from megalite.parallel.sharding import ShardSpec
 
 _UNIT = re.compile(r"blocks\.\d+(?=\.)")
@@ -75,14 +75,23 @@ class Bucket:
     @cached_property
     def shares(self) -> list[tuple[Axis, int, int]]:
         """Ranges, counted from the bucket's start, of which each rank of a tensor-parallel axis computes a
-        share only: (axis, start, stop), to be added up over the axis."""
+        share only: (axis, start, stop), to be added up over the axis before anything else."""
         found: dict[Axis, list[tuple[int, int]]] = {}
         for slot in self.slots:
             for part in slot.spec.ranges():
-                if part.piece.is_partial:
+                if part.piece.is_partial and not part.piece.sums_late:
                     low = slot.start - self.start + part.local
                     found.setdefault(part.piece.copies, []).append((low, low + part.stop - part.start))
         return [(axis, *run) for axis, ranges in found.items() for run in runs(ranges)]
+
+    @property
+    def stages(self) -> Axis:
+        """The pipeline stages that hold this bucket too and compute a share of its gradient each.
+
+        Such a parameter has a bucket to itself, so that all of them cut it into the same shards.
+        """
+        piece = self.slots[0].spec.pieces[0]
+        return piece.copies if piece.sums_late else ALONE
 
 
 @dataclass(frozen=True)
@@ -142,8 +151,12 @@ def lay_out(specs: dict[str, ShardSpec], bucket_size: int, shard: Axis, by_unit:
             slots.append(Slot(name, spec, stop, stop + math.prod(spec.local_shape)))
             stop = slots[-1].stop
             is_last = position == len(group) - 1
-            leaves_unit = by_unit and not is_last and unit_of(group[position + 1][0]) != unit_of(name)
-            if is_last or leaves_unit or stop - start >= bucket_size:
+            ends = is_last or stop - start >= bucket_size
+            if not ends:
+                after, following = group[position + 1]
+                ends = by_unit and unit_of(after) != unit_of(name)
+                ends = ends or any(s.pieces[0].sums_late for s in (spec, following))
+            if ends:
                 stop = start + -(-(stop - start) // shard.size) * shard.size
                 buckets.append(Bucket(len(buckets), start, stop, tuple(slots), decays, unit_of(name)))
                 slots, start = [], stop

@@ -1,8 +1,9 @@
 """Gradients as they arrive in backward: collected in fp32, reduced bucket by bucket beside the computation.
 
-At ZeRO stages 0 and 1 a rank keeps the gradients of a whole step and reduces them during the last
-micro-batch. From stage 2 on it keeps its shard alone: each micro-batch's buckets are summed over the ranks
-and added to the shard, and a bucket's buffer lives from its first gradient to the end of its collective.
+At ZeRO stages 0 and 1 a rank keeps the gradients of a whole step, and reduces each bucket once its last
+ones have arrived. From stage 2 on it keeps its shard alone: a bucket is summed over the ranks and added to
+the shard whenever all its parameters have got something, and its buffer lives from its first gradient to the
+end of that collective.
 
 Stage 0 is the case of one shard: nothing is scattered, and all data-parallel ranks are replicas.
 """
@@ -29,14 +30,13 @@ class _Reduction(NamedTuple):
     work: dist.Work
     buffer: Tensor  # what the collective reads; to be kept until it is done
     received: Tensor | None  # to be added to the shard
-    is_last: bool  # of its bucket in this step
 
 
 class Gradients:
-    """Collects every parameter's gradient; after a step `shard` holds the sums over all ranks.
+    """Collects every parameter's gradient; after a step `shard_values` holds the sums over all ranks.
 
-    `shard_values` is this rank's shard, fp32 [layout.shard_size]. `on_complete` hears of each bucket whose
-    gradients of a micro-batch have all arrived.
+    `shard_values` is fp32 [layout.shard_size]. `on_complete` hears of each bucket all of whose
+    parameters have got a gradient from one more micro-batch.
     """
 
     def __init__(
@@ -59,61 +59,62 @@ class Gradients:
         self._buffers: dict[int, Tensor] = {}
         self._in_flight: deque[_Reduction] = deque()
         self._works: list[dist.Work] = []
-        self._fresh: set[str] = set()
-        self._missing: list[int] = []
-        self._launched = 0
-        self._is_first = self._is_last = True
+        self.begin_step(1)
 
-    def begin_step(self) -> None:
-        """Forget the last step's gradients: the first of each parameter overwrites."""
-        self._is_first = True
-        self._fresh = set(self._place)
-
-    def begin_micro_batch(self, is_last: bool) -> None:
-        """From now on a bucket is reduced as soon as all its gradients have arrived, if it is time to."""
-        self._is_last = is_last
-        if not self.keeps_whole:
-            self._fresh = set(self._place)
-        self._missing = [len(bucket.slots) for bucket in self.layout.buckets]
-        self._launched = 0
+    def begin_step(self, micro_batches: int) -> None:
+        """Forget the last step's gradients. Each parameter will get one of every micro-batch."""
+        self._awaited = dict.fromkeys(self._place, micro_batches)
+        # Of each bucket: parameters that have nothing in its buffer yet.
+        self._empty = [{slot.name for slot in bucket.slots} for bucket in self.layout.buckets]
+        self._unfinished = [len(bucket.slots) for bucket in self.layout.buckets]
+        self._launched = 0  # buckets reduced, where each is once
+        self._stored = [False] * len(self.layout.buckets)  # whether the shard holds some of the bucket
 
     def collect(self, parameter: nn.Parameter, name: str) -> None:
         """Take a parameter's gradient, which backward has just finished."""
         grad, parameter.grad = parameter.grad, None
-        bucket, slot = self._place[name]
         if grad is None:
             return
+        bucket, slot = self._place[name]
         low = slot.start - bucket.start
         view = self._buffer(bucket)[low : low + slot.stop - slot.start].view(grad.shape)
-        if name in self._fresh:
-            self._fresh.discard(name)
+        empty = self._empty[bucket.index]
+        if name in empty:
+            empty.discard(name)
             view.copy_(grad)
         else:
             view.add_(grad)
-        self._missing[bucket.index] -= 1
-        if self._missing[bucket.index] == 0:
-            self.on_complete(bucket)
-        if self._is_last or not self.keeps_whole:
+        self._awaited[name] -= 1
+        if not self.keeps_whole:
+            if not empty:
+                self.on_complete(bucket)
+                self._reduce(bucket)
+            return
+        if self._awaited[name] == 0:
+            self._unfinished[bucket.index] -= 1
             # In bucket order on every rank, or collectives would pair up wrongly.
-            while self._launched < len(self._missing) and self._missing[self._launched] == 0:
-                self._launch_next()
+            while self._launched < len(self._unfinished) and self._unfinished[self._launched] == 0:
+                self._reduce_next()
 
-    def finish_micro_batch(self) -> None:
-        """Reduce what is left; after the last micro-batch, wait until the shard holds the sums."""
-        if self._is_last or not self.keeps_whole:
-            for name in self._fresh:  # no gradient reached it
-                bucket, slot = self._place[name]
-                self._buffer(bucket)[slot.start - bucket.start : slot.stop - bucket.start].zero_()
-            self._fresh.clear()
-            while self._launched < len(self._missing):
-                self._launch_next()
-        self._is_first = False
-        if self._is_last:
-            while self._in_flight:
-                self._settle()
-            for work in self._works:
-                work.wait()
-            self._works.clear()
+    def finish_step(self) -> None:
+        """Reduce what is left, and wait until the shard holds the sums over all ranks."""
+        if self.keeps_whole:
+            while self._launched < len(self._unfinished):
+                self._reduce_next()
+        else:
+            for bucket in self.layout.buckets:
+                # Begun but not complete, since chunks of a pipeline took turns; or a parameter went unused.
+                if len(self._empty[bucket.index]) < len(bucket.slots) or not self._stored[bucket.index]:
+                    self._reduce(bucket)
+        while self._in_flight:
+            self._settle()
+        if self.replicas.size > 1 and not self.keeps_whole:
+            self._works.append(start_all_reduce(self.shard_values, self.replicas))
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+        for bucket in self.layout.buckets:
+            all_reduce(self.shard_values[self.layout.shard_slice(bucket)], bucket.stages)
 
     def _buffer(self, bucket: Bucket) -> Tensor:
         if self._whole is not None:
@@ -124,11 +125,16 @@ class Gradients:
             self._buffers[bucket.index] = buffer
         return self._buffers[bucket.index]
 
-    def _launch_next(self) -> None:
-        bucket = self.layout.buckets[self._launched]
+    def _reduce_next(self) -> None:
         self._launched += 1
+        self._reduce(self.layout.buckets[self._launched - 1])
+
+    def _reduce(self, bucket: Bucket) -> None:
+        """Start to sum a bucket over the ranks; parameters that have got nothing count as zero."""
         buffer = self._buffer(bucket)
-        self._buffers.pop(bucket.index, None)
+        for slot in bucket.slots:
+            if slot.name in self._empty[bucket.index]:
+                buffer[slot.start - bucket.start : slot.stop - bucket.start].zero_()
         for axis, start, stop in bucket.shares:
             all_reduce(buffer[start:stop], axis)
         if self.layout.shard.size == 1:
@@ -136,19 +142,22 @@ class Gradients:
                 self._works.append(start_all_reduce(buffer, self.replicas))
             return
         part = self.shard_values[self.layout.shard_slice(bucket)]
-        received = part if self.keeps_whole or self._is_first else torch.empty_like(part)
+        received = torch.empty_like(part) if self._stored[bucket.index] else part
         work = start_reduce_scatter(received, buffer, self.layout.shard)
-        added = None if received is part else received
-        self._in_flight.append(_Reduction(bucket, work, buffer, added, self._is_last))
-        while not self.keeps_whole and len(self._in_flight) > _IN_FLIGHT:
-            self._settle()
+        self._in_flight.append(_Reduction(bucket, work, buffer, None if received is part else received))
+        self._stored[bucket.index] = True
+        if not self.keeps_whole:
+            del self._buffers[bucket.index]
+            self._empty[bucket.index] = {slot.name for slot in bucket.slots}
+            while len(self._in_flight) > _IN_FLIGHT:
+                self._settle()
 
     def _settle(self) -> None:
-        """Wait for the oldest reduction; the last of a bucket then goes to the replicas."""
-        bucket, work, _, received, is_last = self._in_flight.popleft()
+        """Wait for the oldest reduction; where there will be no other of its bucket, replicas come next."""
+        bucket, work, _, received = self._in_flight.popleft()
         work.wait()
         part = self.shard_values[self.layout.shard_slice(bucket)]
         if received is not None:
             part += received
-        if is_last and self.replicas.size > 1:
+        if self.keeps_whole and self.replicas.size > 1:
             self._works.append(start_all_reduce(part, self.replicas))

@@ -94,14 +94,15 @@ class Weights:
     # --- stage 3 ----------------------------------------------------------------------------------
 
     @contextmanager
-    def root(self) -> Iterator[None]:
-        """While a forward pass runs: the embedding and the head are here.
+    def root(self, is_needed: bool = True) -> Iterator[None]:
+        """Around a forward pass: the embedding and the head are here, if it needs them.
 
         Backward does without them: the loss forms its gradients in the forward pass, and the embedding's
         needs the tokens alone.
         """
         self._in_backward = False
-        self._need(ROOT)
+        if is_needed:
+            self._need(ROOT)
         try:
             yield
         finally:

@@ -86,20 +86,33 @@ def deferring(gradients: WeightGradients | None) -> Iterator[None]:
         _current = previous
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, is_transposed: bool = False) -> Tensor:
     """y = x · Wᵀ + b; the gradients of W and b are deferred if `WeightGradients` are current.
 
-    Shapes:  x [..., in]; weight [out, in]; bias [out]; returns [..., out]
+    Shapes:  x [..., in]; weight [out, in], or [in, out] if transposed; bias [out]; returns [..., out]
     """
     gradients = _current
     is_trained = weight.requires_grad and (bias is None or bias.requires_grad)
     if gradients is None or not is_trained or not torch.is_grad_enabled():
-        return nn.functional.linear(x, weight, bias)
-    # A leaf of the same values has autograd visit the layer even where x needs no gradient. The
-    # weight itself would too, but its hooks would then fire in the input half, without a gradient.
-    values = weight.detach().requires_grad_()
-    y: Tensor = _DeferredLinear.apply(x, values, (weight, bias), gradients)  # type: ignore[no-untyped-call]
+        return _linear(x, weight, bias, is_transposed)
+    y: Tensor = _DeferredLinear.apply(  # type: ignore[no-untyped-call]
+        x, deferred_leaf(weight), (weight, bias), gradients, is_transposed
+    )
     return y
+
+
+def deferred_leaf(weight: Tensor) -> Tensor:
+    """A leaf with a weight's values, which has autograd visit a layer even where x needs no gradient.
+
+    The weight itself would too, but its hooks would then fire in the input half, without a gradient.
+    """
+    return weight.detach().requires_grad_()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
+    if not is_transposed:
+        return nn.functional.linear(x, weight, bias)
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
 class _DeferredLinear(torch.autograd.Function):
@@ -112,17 +125,22 @@ class _DeferredLinear(torch.autograd.Function):
         values: Tensor,
         parameters: tuple[Tensor, Tensor | None],  # in a tuple, so that autograd does not see them
         gradients: WeightGradients,
+        is_transposed: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, values)
-        ctx.parameters, ctx.gradients = parameters, gradients
-        return nn.functional.linear(x, values, parameters[1])
+        ctx.parameters, ctx.gradients, ctx.is_transposed = parameters, gradients, is_transposed
+        return _linear(x, values, parameters[1], is_transposed)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, values = ctx.saved_tensors
         weight, bias = ctx.parameters
         rows = grads[0].reshape(-1, grads[0].shape[-1])
-        ctx.gradients.defer(weight, lambda: rows.t() @ x.reshape(-1, x.shape[-1]))
+        inputs = x.reshape(-1, x.shape[-1])
+        left, right = (inputs, rows) if ctx.is_transposed else (rows, inputs)
+        ctx.gradients.defer(weight, lambda: left.t() @ right)
         if bias is not None:
             ctx.gradients.defer(bias, lambda: rows.sum(0))
-        return grads[0] @ values if ctx.needs_input_grad[0] else None, None, None, None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        return grads[0] @ (values.t() if ctx.is_transposed else values), None, None, None, None

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.parallel.collectives import all_reduce, start_all_gather, start_all_reduce, start_reduce_scatter
+from megalite.parallel.deferred import WeightGradients, current_gradients, deferred_leaf, linear
 from megalite.parallel.mesh import ALONE, Axis
 from megalite.parallel.sharding import Piece, ShardedModule, ShardSpec, split, split_range, whole
 from megalite_kernels import VocabShard, embedding
@@ -69,7 +70,7 @@ class ColumnParallelLinear(ShardedModule):
                  reduce-scatter, each while a product is computed
         """
         if self.tp.axis.size == 1:
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         y: Tensor = _column_parallel(x, self.weight, self.bias, self.tp)
         return y
 
@@ -91,8 +92,8 @@ class RowParallelLinear(ShardedModule):
                  reduce-scatter, and an all-gather backward
         """
         if self.tp.axis.size == 1:
-            return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
-        y: Tensor = reduce_from_tp(x @ self.weight, self.tp)
+            return linear(x, self.weight, self.bias, is_transposed=True)
+        y: Tensor = reduce_from_tp(linear(x, self.weight, is_transposed=True), self.tp)
         return y if self.bias is None else y + self.bias
 
 
@@ -212,7 +213,9 @@ class _Reduce(torch.autograd.Function):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _column_parallel(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
-    y: Tensor = _ColumnParallel.apply(x, weight, bias, tp)  # type: ignore[no-untyped-call]
+    gradients = current_gradients()
+    leaf = weight if gradients is None else deferred_leaf(weight)
+    y: Tensor = _ColumnParallel.apply(x, leaf, bias, tp, gradients, weight)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -220,27 +223,44 @@ class _ColumnParallel(torch.autograd.Function):
     """Saves its share of the tokens only, and sums dx over the axis while it computes dW."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
-        ctx.tp, ctx.has_bias = tp, bias is not None
-        ctx.save_for_backward(x, weight)
-        return F.linear(_gather(x, tp.axis) if tp.divides_tokens else x, weight, bias)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        leaf: Tensor,
+        bias: Tensor | None,
+        tp: TensorParallel,
+        gradients: WeightGradients | None,
+        weight: Tensor,
+    ) -> Tensor:
+        ctx.tp, ctx.has_bias, ctx.gradients = tp, bias is not None, gradients
+        ctx.weight = weight if gradients is not None else None
+        ctx.save_for_backward(x, leaf)
+        return F.linear(_gather(x, tp.axis) if tp.divides_tokens else x, leaf, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), (x, weight) = grads, ctx.saved_tensors
         axis: Axis = ctx.tp.axis
+        is_deferred = ctx.gradients is not None
         if not ctx.tp.divides_tokens:
             dx = dy @ weight
             work = start_all_reduce(dx, axis)
         else:
             part = x.contiguous()
-            x = part.new_empty(part.shape[0] * axis.size, part.shape[1])
-            gathering = start_all_gather(x, part, axis)
+            if not is_deferred:
+                x = part.new_empty(part.shape[0] * axis.size, part.shape[1])
+                gathering = start_all_gather(x, part, axis)
             whole = dy @ weight
-            gathering.wait()
+            if not is_deferred:
+                gathering.wait()
             dx = torch.empty_like(part)
             work = start_reduce_scatter(dx, whole, axis)
-        dw = dy.t() @ x
+        dw = None
+        if is_deferred:
+            divided = ctx.tp.divides_tokens
+            ctx.gradients.defer(ctx.weight, lambda: dy.t() @ (_gather(x, axis) if divided else x))
+        else:
+            dw = dy.t() @ x
         db = dy.sum(0) if ctx.has_bias else None
         work.wait()
-        return dx, dw, db, None
+        return dx, dw, db, None, None, None

@@ -35,10 +35,13 @@ class Mesh:
     """This process's place: its rank among all, its axes, its device.
 
     Ranks are counted with tp innermost, so that tensor-parallel peers, which talk most, are
-    neighbours on one host: rank = dp.rank · tp.size + tp.rank. `kv` is the part of the tp axis whose
-    ranks hold the same key and value heads, where tp has more ranks than the model has such heads.
-    The dp axis is divided into groups of neighbours, `shard`, that ZeRO divides a model's state among;
-    ranks at the same place in different groups are `replicas` of each other.
+    neighbours on one host, and dp outermost: rank = (dp.rank · pp.size + pp.rank) · tp.size + tp.rank.
+
+    `kv` is the part of the tp axis whose ranks hold the same key and value heads, where tp has more
+    ranks than the model has such heads. `ends` are the first and the last rank of the pp axis, which
+    share a tied embedding; for others it is their own. The dp axis is divided into groups of
+    neighbours, `shard`, that ZeRO divides a model's state among; ranks at the same place in different
+    groups are `replicas` of each other.
     """
 
     rank: int
@@ -49,6 +52,8 @@ class Mesh:
     replicas: Axis = ALONE
     tp: Axis = ALONE
     kv: Axis = ALONE
+    pp: Axis = ALONE
+    ends: Axis = ALONE
 
     @property
     def world(self) -> Axis:
@@ -56,13 +61,26 @@ class Mesh:
         return Axis(self.rank, self.size, dist.group.WORLD if self.size > 1 else None)
 
 
-def build_mesh(timeout_s: float = 600.0, tp: int = 1, kv_copies: int = 1, zero_shard_size: int = 0) -> Mesh:
+@dataclass(frozen=True)
+class MeshShape:
+    """What divides the processes; the rest is data-parallel.
+
+    `kv_copies`, the ranks that share a key head, divides `tp`; `zero_shard_size`, the ranks that share
+    a model's state, divides the data-parallel size, which 0 stands for.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    kv_copies: int = 1
+    zero_shard_size: int = 0
+
+
+def build_mesh(timeout_s: float = 600.0, shape: MeshShape | None = None) -> Mesh:
     """Join the process group that torchrun or the deepspeed launcher described, or stand alone.
 
     The launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. With a CUDA device
-    the backend is nccl, otherwise gloo. `tp` divides the number of processes; `kv_copies`, the
-    ranks that share a key head, divides `tp`; `zero_shard_size`, the ranks that share a model's state,
-    divides the data-parallel size, which 0 stands for.
+    the backend is nccl, otherwise gloo. `shape` (all data-parallel by default) must fit the number of
+    processes, see `Config.data_parallel_size`.
 
     Raises:  ConfigError if the launcher's variables are incomplete or a local rank has no device
     """
@@ -78,20 +96,36 @@ def build_mesh(timeout_s: float = 600.0, tp: int = 1, kv_copies: int = 1, zero_s
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    timeout = timedelta(seconds=timeout_s)
-    width = (zero_shard_size or size // tp) * tp  # ranks of all the groups of shards that are neighbours
-    shards = [
-        list(range(low + place, low + width, tp)) for low in range(0, size, width) for place in range(tp)
+
+    def axis(groups: list[list[int]]) -> Axis:
+        return _axis(groups, rank, timedelta(seconds=timeout_s))
+
+    shape = shape or MeshShape()
+    model = shape.tp * shape.pp  # ranks that hold one whole model between them
+    width = (shape.zero_shard_size or size // model) * model  # those of neighbouring groups of shards
+    pipelines = [
+        list(range(low + place, low + model, shape.tp))
+        for low in range(0, size, model)
+        for place in range(shape.tp)
     ]
+    inner = [[stage] for pipeline in pipelines for stage in pipeline[1:-1]]
     return Mesh(
         rank=rank,
         size=size,
-        dp=_axis([list(range(place, size, tp)) for place in range(tp)], rank, timeout),
+        dp=axis([list(range(place, size, model)) for place in range(model)]),
         device=device,
-        shard=_axis(shards, rank, timeout),
-        replicas=_axis([list(range(place, size, width)) for place in range(width)], rank, timeout),
-        tp=_axis(_blocks(size, tp), rank, timeout),
-        kv=_axis(_blocks(size, kv_copies), rank, timeout),
+        shard=axis(
+            [
+                list(range(low + place, low + width, model))
+                for low in range(0, size, width)
+                for place in range(model)
+            ]
+        ),
+        replicas=axis([list(range(place, size, width)) for place in range(width)]),
+        tp=axis(_blocks(size, shape.tp)),
+        kv=axis(_blocks(size, shape.kv_copies)),
+        pp=axis(pipelines),
+        ends=axis([sorted({pipeline[0], pipeline[-1]}) for pipeline in pipelines] + inner),
     )
 
 
@@ -105,14 +139,15 @@ def _blocks(size: int, width: int) -> list[list[int]]:
 
 
 def _axis(groups: list[list[int]], rank: int, timeout: timedelta) -> Axis:
-    """My axis among `groups`, which part all ranks and which every rank must give in the same order."""
-    mine = next(group for group in groups if rank in group)
-    if len(mine) == 1:
-        return ALONE
+    """My axis among `groups`, which part all ranks and which every rank gives in the same order."""
     if len(groups) == 1:
-        return Axis(rank, len(mine), dist.group.WORLD)
-    handles = [dist.new_group(group, timeout=timeout) for group in groups]
-    return Axis(mine.index(rank), len(mine), handles[groups.index(mine)])
+        return Axis(rank, len(groups[0]), dist.group.WORLD)
+    mine = ALONE
+    for group in groups:  # a new group is made by all ranks together, whoever belongs to it
+        handle = dist.new_group(group, timeout=timeout) if len(group) > 1 else None
+        if rank in group and handle is not None:
+            mine = Axis(group.index(rank), len(group), handle)
+    return mine
 
 
 def close_mesh(mesh: Mesh) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -25,13 +25,16 @@ class Piece:
 
     `copies` is the axis whose ranks all hold them; its rank 0 speaks for them in norms and
     checkpoints. `is_partial` says that each of these ranks computes only a share of the gradient, so
-    that the shares must be added up over `copies`; else every rank computes all of it.
+    that the shares must be added up over `copies`; else every rank computes all of it. `sums_late`
+    says that this has to wait for the end of the step: the ranks are stages of a pipeline, where each may
+    have to go on for the other to reach the same point.
     """
 
     start: int
     stop: int
     copies: Axis = ALONE
     is_partial: bool = False
+    sums_late: bool = False
 
 
 class FlatRange(NamedTuple):
@@ -96,6 +99,14 @@ def split_range(size: int, axis: Axis) -> tuple[int, int]:
     least, more = divmod(size, axis.size)
     start = axis.rank * least + min(axis.rank, more)
     return start, start + least + (axis.rank < more)
+
+
+def across_stages(spec: ShardSpec, ends: Axis) -> ShardSpec:
+    """The same rows on both ranks of `ends`, each of which computes a share of their gradient."""
+    if ends.size == 1:
+        return spec
+    pieces = (replace(piece, copies=ends, is_partial=True, sums_late=True) for piece in spec.pieces)
+    return ShardSpec(spec.shape, tuple(pieces))
 
 
 class ShardedModule(nn.Module):

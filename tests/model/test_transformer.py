@@ -126,7 +126,7 @@ def _arguments() -> tuple[Tensor, Tensor, Tensor]:
 def test_a_compiled_block_is_the_block(name: str) -> None:
     config = _config(**KINDS[name])
     model = _model(config)
-    block = model.blocks[0]
+    block = model.blocks["0"]
     assert isinstance(block, Block)
     compiled = torch.compile(block, fullgraph=True)
     _, _, positions, doc_starts = _batch()
@@ -170,7 +170,7 @@ def test_dropout_masks_differ_between_layers_and_branches() -> None:
     noise = DropoutRows(dropout_keys(0, torch.arange(1)).expand(10), torch.arange(10))
     masks = [
         block._drop(torch.ones(10, 32), noise, branch)
-        for block in model.blocks
+        for block in model.blocks.values()
         for branch in (0, 1)
         if isinstance(block, Block)
     ]

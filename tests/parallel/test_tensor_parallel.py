@@ -17,7 +17,7 @@ from megalite.model.init import initial_values
 from megalite.model.transformer import Recompute, Transformer, dropout_keys
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.layers import TensorParallel, qkv_spec
-from megalite.parallel.mesh import Axis, Mesh, build_mesh
+from megalite.parallel.mesh import Axis, Mesh, MeshShape, build_mesh
 from megalite.parallel.sharding import ShardSpec, shard_specs, split, split_range
 from tests.ranks import run_ranks
 
@@ -91,7 +91,7 @@ def _errors(
 ) -> dict[str, float]:
     """How far this rank's loss and gradients are from one process's, relative to the largest element."""
     config = ModelConfig.model_validate(SMALL | values)
-    mesh = build_mesh(tp=tp, kv_copies=max(tp // config.num_kv_heads, 1))
+    mesh = build_mesh(shape=MeshShape(tp, kv_copies=max(tp // config.num_kv_heads, 1)))
     loss, gradients = _loss_and_gradients(
         Transformer(config, recompute, TensorParallel(mesh.tp, mesh.kv, sequence))
     )

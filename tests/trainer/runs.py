@@ -13,7 +13,7 @@ from megalite.config import Config
 from megalite.config_file import build_config
 from megalite.data.tokenizer import ByteTokenizer
 from megalite.data.writer import ShardWriter
-from megalite.parallel.mesh import Mesh, build_mesh
+from megalite.parallel.mesh import Mesh, MeshShape, build_mesh
 from megalite.trainer import Trainer
 
 VOCAB = 257
@@ -58,14 +58,16 @@ def tiny(root: Path, *overrides: str) -> Config:
 
 
 @cache
-def _mesh(tp: int, kv_copies: int, zero_shard_size: int) -> Mesh:
+def _mesh(shape: MeshShape) -> Mesh:
     """This process's place in the layout; made once, for making its groups takes longer than a tiny run."""
-    return build_mesh(tp=tp, kv_copies=kv_copies, zero_shard_size=zero_shard_size)
+    return build_mesh(shape=shape)
 
 
 def lay_out(mesh: Mesh, config: Config) -> Mesh:
     """The mesh a config asks for, of the processes of `mesh`."""
-    return _mesh(config.mesh.tp, config.kv_copies, config.mesh.zero_shard_size) if mesh.size > 1 else mesh
+    keys = config.mesh
+    shape = MeshShape(keys.tp, keys.pp, config.kv_copies, keys.zero_shard_size)
+    return _mesh(shape) if mesh.size > 1 else mesh
 
 
 def train(mesh: Mesh, config: Config) -> list[dict[str, Any]]:

@@ -87,6 +87,9 @@ RESHAPES: list[tuple[int, list[str], int, list[str]]] = [
     (3, [], 4, SPLIT_STREAM),
     (2, ["mesh.zero_stage=3"], 4, ["mesh.zero_stage=2", "mesh.zero_shard_size=2"]),
     (4, ["mesh.zero_stage=2", "mesh.tp=2"], 3, ["mesh.zero_stage=3"]),
+    (2, ["mesh.pp=2"], 1, []),
+    (4, ["mesh.pp=2", "mesh.tp=2"], 2, ["mesh.zero_stage=3"]),
+    (2, TP2, 4, ["mesh.pp=2", "mesh.zero_stage=3"]),
 ]
 
 
@@ -94,7 +97,7 @@ RESHAPES: list[tuple[int, list[str], int, list[str]]] = [
 def test_resume_at_another_layout(
     root: Path, alone: Mesh, before: int, written: list[str], after: int, read: list[str]
 ) -> None:
-    common = ["train.steps=10", "train.micro_batch_size=6", "model.num_layers=1"]
+    common = ["train.steps=10", "train.micro_batch_size=6", "model.num_layers=2"]
     whole = curve(train(alone, tiny(root, f"run_dir={root}/whole", *common)))
     common += ["train.micro_batch_size=2"]
     half = tiny(root, *common, *written, "checkpoint.every_steps=5", "checkpoint.keep_last=1")
@@ -172,6 +175,7 @@ def _train_poisoned(mesh: Mesh, config: Config, steps: list[int], rank: int, nam
         (2, ["mesh.zero_stage=3"]),
         (2, ["mesh.tp=2"]),
         (4, ["mesh.tp=2", "mesh.sequence_parallel=true"]),
+        (2, ["mesh.pp=2", "model.tie_embeddings=true"]),
     ],
     ids=str,
 )
