@@ -187,7 +187,13 @@ class TrainConfig(Section):
     steps: int = Field(gt=0, description="optimizer steps of the whole run")
     global_batch_size: int = Field(gt=0, description="samples a step, over all processes")
     micro_batch_size: int = Field(gt=0, description="samples a process computes at once")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="of the compute; master weights are fp32")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "bf16", description="of the compute; master weights are fp32"
+    )
+    loss_scale: float = Field(
+        65536.0, ge=1, description="fp16: the first loss scale, halved whenever a gradient overflows"
+    )
+    loss_scale_window: int = Field(1000, gt=0, description="fp16: doubled after so many steps without")
     compile: bool = Field(False, description="torch.compile each block")
     recompute: Literal["none", "selective", "full"] = Field(
         "none",

@@ -28,7 +28,7 @@ from megalite.engines.engine import Engine, StepSums
 from megalite.engines.native import NativeEngine
 from megalite.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError
 from megalite.log import RunLog
-from megalite.model.flops import has_bf16_products, peak_flops, token_flops
+from megalite.model.flops import has_products, peak_flops, token_flops
 from megalite.optim.lr import learning_rate
 from megalite.parallel.collectives import all_reduce, gather_json
 from megalite.parallel.mesh import Mesh
@@ -46,6 +46,7 @@ class StepReport:
     grad_norm: float  # of the mean loss, before clipping
     tokens: int  # valid labels in the global batch
     is_applied: bool  # whether the weights moved
+    is_overflow: bool  # not applied, but a smaller loss scale may do (fp16)
     is_preempted: bool  # whether any rank was asked to stop
 
 
@@ -128,7 +129,7 @@ class Trainer:
         """One optimizer step on this rank's micro-batches.
 
         A step whose loss or gradient is not finite is not applied: the optimizer is not called, so
-        weights, moments and AdamW's step count stay as they were.
+        weights, moments and AdamW's step count stay as they were. In fp16 the loss scale is lowered then.
         """
         sums = self.engine.forward_backward(micro_batches)
         total, wants_stop = self._agree_on_sums(sums, wants_stop)
@@ -141,8 +142,16 @@ class Trainer:
             clip = self.config.optim.grad_clip
             scale = min(1.0, clip / norm) if clip and norm > 0 else 1.0
             self.engine.optimizer_step(lr, correction * scale)
+        is_overflow = not is_usable and math.isfinite(total.loss) and self.engine.loss_scale.can_shrink
+        self.engine.loss_scale.update(is_usable)
         return StepReport(
-            total.loss / valid, total.z_loss / valid, norm, int(total.tokens), is_usable, wants_stop
+            total.loss / valid,
+            total.z_loss / valid,
+            norm,
+            int(total.tokens),
+            is_usable,
+            is_overflow,
+            wants_stop,
         )
 
     def evaluate(self) -> float:
@@ -167,6 +176,7 @@ class Trainer:
             return
         meta = {
             "applied_steps": self.engine.applied_steps,
+            "loss_scale": self.engine.loss_scale.state(),
             "tokens": self.tokens,
             "skipped_in_a_row": self.skipped_in_a_row,
             "tokenizer": self.loader.datasets[0].tokenizer.fingerprint,
@@ -259,10 +269,11 @@ class Trainer:
         self._saved_step = self.step
 
     def _announce(self, found: Checkpoint | None) -> None:
-        if self.config.train.precision == "bf16" and not has_bf16_products(self.mesh.device):
+        precision = self.config.train.precision
+        if not has_products(self.mesh.device, precision):
             self.log.say(
-                "note: this processor has no bf16 matrix products, so torch emulates them many times slower "
-                "than fp32; use train.precision=fp32 here"
+                f"note: this processor has no {precision} matrix products, so torch emulates them many times "
+                "slower than fp32; use train.precision=fp32 here"
             )
         mesh = self.mesh
         if mesh.size > 1:
@@ -298,6 +309,7 @@ class Trainer:
         """
         if report.is_applied:
             self.skipped_in_a_row = 0
+        if report.is_applied or report.is_overflow:  # the latter ends, for the scale cannot shrink for ever
             return
         self.skipped_in_a_row += 1
         first = self.position - self.config.train.global_batch_size
@@ -334,5 +346,6 @@ class Trainer:
             "goodput": round(self._productive_s / (time.perf_counter() - self._started), 4),
             "step_s": round(step_s, 4),
             "data_wait_s": round(wait_s, 4),
-            "events": [] if report.is_applied else ["skip"],
+            "events": [] if report.is_applied else ["overflow" if report.is_overflow else "skip"],
+            **({"loss_scale": scale.value} if (scale := self.engine.loss_scale).is_dynamic else {}),
         }

@@ -14,6 +14,7 @@ from typing import Protocol
 from megalite.checkpoint.format import TensorSlice
 from megalite.checkpoint.store import Checkpoint
 from megalite.data.loader import Batch
+from megalite.optim.loss_scale import LossScale
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,13 @@ class StepSums:
 
 
 class Engine(Protocol):
-    """Holds the model, its gradients and its optimizer state on this rank."""
+    """Holds the model, its gradients and its optimizer state on this rank.
+
+    The trainer tells `loss_scale` which steps were applied; what the engine reports is without it.
+    """
 
     num_parameters: int
+    loss_scale: LossScale
 
     @property
     def applied_steps(self) -> int:

@@ -20,6 +20,7 @@ from megalite.errors import CheckpointError
 from megalite.model.init import initial_values
 from megalite.model.transformer import Part, Shared, Transformer, dropout_keys
 from megalite.optim.buckets import OwnedRange
+from megalite.optim.loss_scale import LossScale
 from megalite.optim.zero import STATE_KINDS, ZeroOptimizer
 from megalite.parallel.layers import TensorParallel
 from megalite.parallel.mesh import Mesh
@@ -27,7 +28,7 @@ from megalite.parallel.pipeline import Pipeline, Program, build_programs
 from megalite.parallel.schedule import build_evaluation, build_schedule
 from megalite.parallel.sharding import shard_specs
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NativeEngine:
@@ -55,6 +56,7 @@ class NativeEngine:
         self.shapes = {name: spec.shape for name, spec in specs.items()}
         self.num_parameters = sum(map(math.prod, self.shapes.values()))
         self.dtype = DTYPES[config.train.precision]
+        self.loss_scale = LossScale(config.train)
         self.optimizer = ZeroOptimizer(
             self.model,
             config.optim,
@@ -78,12 +80,12 @@ class NativeEngine:
         self.optimizer.gradients.begin_step(len(micro_batches))
         total, z_loss, tokens = self._run(micro_batches, is_training=True)
         self.optimizer.gradients.finish_step()
-        norm_squared = float(self.optimizer.local_norm_squared())
+        norm_squared = float(self.optimizer.local_norm_squared()) / self.loss_scale.value**2
         return StepSums(total - z_loss, z_loss, tokens, norm_squared)
 
     def optimizer_step(self, lr: float, grad_scale: float) -> None:
         """See `Engine`."""
-        self.optimizer.step(lr, grad_scale)
+        self.optimizer.step(lr, grad_scale / self.loss_scale.value)
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, float]:
         """See `Engine`."""
@@ -134,6 +136,7 @@ class NativeEngine:
 
             self.optimizer.fill(kind, values)
         self.optimizer.applied_steps = int(checkpoint.meta["applied_steps"])
+        self.loss_scale.load(checkpoint.meta["loss_scale"])
         self.optimizer.weights.publish()
 
     def _run(self, micro_batches: Sequence[Batch], is_training: bool) -> tuple[float, float, float]:
@@ -157,7 +160,7 @@ class NativeEngine:
                 sums.add_(torch.stack([losses.total.detach(), losses.z_loss, losses.tokens]))
             # A constant divisor: how many labels of the global batch are valid is only known once
             # all ranks have reported, and the trainer corrects for it in `grad_scale`.
-            return losses.total / self.config.tokens_per_step
+            return losses.total * (self.loss_scale.value / self.config.tokens_per_step)
 
         tokens = micro_batches[0].tokens.size
         rows = tokens // mesh.tp.size if self.model.tp.divides_tokens else tokens

@@ -68,9 +68,14 @@ def peak_flops(device: torch.device) -> float | None:
     return None
 
 
-def has_bf16_products(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware; without, fp32 is many times faster."""
+def has_products(device: torch.device, precision: str) -> bool:
+    """Whether the device multiplies matrices of this precision in hardware; torch emulates what is missing
+    many times slower than fp32."""
+    if precision == "fp32":
+        return True
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    # The question torch itself asks before it hands a bf16 product to oneDNN.
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return precision == "fp16" or torch.cuda.get_device_capability(device) >= (8, 0)
+    # The questions torch itself asks before it hands a product to oneDNN.
+    mkldnn = torch.ops.mkldnn
+    supported = mkldnn._is_mkldnn_bf16_supported if precision == "bf16" else mkldnn._is_mkldnn_fp16_supported
+    return bool(supported())

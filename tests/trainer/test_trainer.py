@@ -38,7 +38,7 @@ def test_bf16_on_a_processor_without_it_is_worth_a_note(
     has_bf16: bool,
     notes: int,
 ) -> None:
-    monkeypatch.setattr("megalite.trainer.has_bf16_products", lambda device: has_bf16)
+    monkeypatch.setattr("megalite.trainer.has_products", lambda device, precision: has_bf16)
     Trainer(tiny(root, "train.precision=bf16"), alone)
     assert capsys.readouterr().err.count("use train.precision=fp32 here") == notes
 
@@ -189,6 +189,42 @@ def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight_on_any(
     assert [(e["event"], e["step"]) for e in events if e["event"] == "skip"] == [("skip", 4), ("skip", 5)]
     assert events[1]["samples"] == [3 * 24, 4 * 24]
     assert [r["events"] for r in metrics(root / "run")][3:6] == [["skip"], ["skip"], []]
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(1, []), (2, ["mesh.zero_stage=3"]), (2, ["mesh.tp=2"]), (2, ["mesh.pp=2"])],
+    ids=str,
+)
+def test_fp16_lowers_its_scale_on_all_ranks_until_no_gradient_overflows(
+    root: Path, world: int, layout: list[str]
+) -> None:
+    common = ["train.precision=fp16", "train.steps=14", "train.micro_batch_size=12", *layout]
+    common += ["resilience.max_skipped_steps=0", f"train.loss_scale={2.0**28}", "train.loss_scale_window=3"]
+    records = run_ranks(train, world, tiny(root, *common))[0]
+    scales = [r["loss_scale"] for r in records]
+    overflows = [r["events"] == ["overflow"] for r in records]
+    assert overflows[:3] == [True] * 3
+    assert scales[0] == 2.0**27
+    assert all(b == a / 2 for a, b, over in zip(scales, scales[1:], overflows[1:], strict=False) if over)
+    first_good = overflows.index(False)
+    assert records[first_good]["tokens"] > 0 == records[first_good - 1]["tokens"]
+    assert any(b == 2 * a for a, b in zip(scales, scales[1:], strict=False))  # and tries a larger one again
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_the_loss_scale_survives_a_resume(root: Path, alone: Mesh) -> None:
+    common = [
+        "train.precision=fp16",
+        "train.steps=10",
+        f"train.loss_scale={2.0**28}",
+        "train.loss_scale_window=2",
+    ]
+    whole = train(alone, tiny(root, *common, f"run_dir={root}/whole"))
+    _stop_after(alone, tiny(root, *common), 6)
+    resumed = train(alone, tiny(root, *common))
+    assert curve(resumed) == curve(whole)
+    assert [r["loss_scale"] for r in resumed] == [r["loss_scale"] for r in whole]
 
 
 def test_too_many_skipped_steps_end_the_run(root: Path, alone: Mesh) -> None:
