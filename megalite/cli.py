@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from megalite import __version__
@@ -42,6 +45,18 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    code = 1  # what Python makes of an error nobody foresaw
+    try:
+        code = _command(argv)
+    except SystemExit as left:  # how argparse leaves
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        raise
+    finally:
+        _record_exit(code)
+    return code
+
+
+def _command(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     if args.func is None:
         args.show_help()
@@ -64,8 +79,24 @@ def _fail(error: MegaliteError) -> int:
     is_own = isinstance(error, (HangError, DataError)) and not error.is_shared
     if rank == "0" or is_own:
         who = f"rank {rank}: " if is_own and "WORLD_SIZE" in os.environ else ""
-        print(f"megalite: {who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the exit code counts, also where nobody listens any more
+            print(f"megalite: {who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     return error.exit_code
+
+
+def _record_exit(code: int) -> None:
+    """Append the exit code of a failure to the file that launch/supervise.py names.
+
+    torchrun exits with 1 whatever its processes' codes were, and pdsh with the largest of several.
+    """
+    path = os.environ.get("MEGALITE_EXIT_FILE")
+    if code == 0 or not path:
+        return
+    record = {"rank": os.environ.get("RANK", "0"), "host": socket.gethostname(), "code": code}
+    with suppress(OSError):  # a full disk must not change how the run ends
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.write(file, json.dumps(record).encode() + b"\n")  # one write, so that ranks do not mix
+        os.close(file)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,19 +189,31 @@ def _run(config: Config) -> int:
     # A layout that cannot be is refused before any process group is built.
     config.grad_accum_steps(config.data_parallel_size(world_size()))
     shape = MeshShape(config.mesh.tp, config.mesh.pp, config.kv_copies, config.mesh.zero_shard_size)
-    mesh = build_mesh(config.resilience.comm_timeout_s, shape)
+    timeout_s = config.resilience.comm_timeout_s
+    try:
+        mesh = build_mesh(timeout_s, shape)
+    except dist.DistError as error:
+        raise HangError(
+            f"the processes did not find each other within {timeout_s:.0f} s at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({_first_line(error)}); "
+            "is every host up, and that port free and reachable?"
+        ) from error
     try:
         Trainer(config, mesh).fit()
     except RuntimeError as error:
         # gloo reports a lost or silent peer as a plain RuntimeError.
         if mesh.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise HangError(
-                f"a peer is gone or silent for {config.resilience.comm_timeout_s:.0f} s "
-                f"({str(error).splitlines()[0][:200]}); start the same command again to continue"
+                f"a peer is gone or silent for {timeout_s:.0f} s "
+                f"({_first_line(error)}); start the same command again to continue"
             ) from error
         raise
     close_mesh(mesh)
     return 0
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def _dry_run(config: Config) -> str:

@@ -1,0 +1,149 @@
+"""Two hosts that share nothing but files and a cable: the cluster launcher, and the cable cut."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.config_file import to_toml
+from tests.launch.hosts import Host, missing, two_hosts
+from tests.trainer.runs import metrics, tiny, write_dataset
+
+ROOT = Path(__file__).parents[2]
+# Steps slow enough to be caught in the middle, and a timeout short enough to be waited for.
+OVERRIDES = ("train.steps=60", "checkpoint.every_steps=10", "resilience.comm_timeout_s=6")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if reason := missing():
+        pytest.skip(reason)
+    root = tmp_path_factory.mktemp("cluster")
+    write_dataset(root / "train", seed=1, documents=40)
+    write_dataset(root / "valid", seed=2, documents=10)
+    (root / "tiny.toml").write_text(to_toml(tiny(root, *OVERRIDES)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
+    with two_hosts(folder) as pair:
+        (folder / "hosts").write_text("".join(f"{host.address} slots=1\n" for host in pair))
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "megalite", "train", str(folder / "tiny.toml"), "run_dir=alone"]
+    subprocess.run(command, cwd=folder, env=_environment(folder), check=True, capture_output=True)
+    return metrics(folder / "alone")
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
+        "PYTHONPATH": f"{ROOT}:{ROOT}/kernels",
+        "HOME": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+def _start(folder: Path, host: Host, run: str, *overrides: str) -> subprocess.Popen[str]:
+    """The cluster launcher, started on `host`."""
+    words = ["--hostfile", "hosts", "--interface", "eth0", str(folder / "tiny.toml"), f"run_dir={run}"]
+    return subprocess.Popen(
+        host.command("env", "-C", str(folder), str(ROOT / "launch/cluster.sh"), *words, *overrides),
+        env=_environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    deadline = time.monotonic() + 30
+    while not ((run / "metrics.jsonl").exists() and len(metrics(run)) >= step):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"{run.name} does not get to step {step}: {process.communicate()[0]}")
+        time.sleep(0.02)
+
+
+def _same_curve(run: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
+    assert len(run) == len(reference)
+    for a, b in zip(run, reference, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+
+
+def _nothing_runs(hosts: tuple[Host, Host], within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while any(host.processes("megalite") for host in hosts):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_two_hosts_give_the_curve_of_one_process(
+    folder: Path, hosts: tuple[Host, Host], alone: list[dict[str, Any]]
+) -> None:
+    # A value with quotes, brackets and spaces must survive ssh, pdsh and the launcher.
+    sources = f'data.sources=[{{ path = "{folder}/train", weight = 1 }}]'
+    process = _start(folder, hosts[0], "two", sources)
+    _wait_for_step(process, folder / "two", 1)
+    for host in hosts:
+        assert len(host.processes("-u -m megalite train")) == 1
+    peers = hosts[1].run("ss", "-Htn", "state", "established", f"dst {hosts[0].address}")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert len([line for line in peers.splitlines() if ":22 " not in line]) >= 2, peers  # store and gloo
+    _same_curve(metrics(folder / "two"), alone)
+
+
+def test_a_cut_cable_ends_the_run_and_the_same_command_continues_it(
+    folder: Path, hosts: tuple[Host, Host], alone: list[dict[str, Any]]
+) -> None:
+    process = _start(folder, hosts[0], "cut")
+    _wait_for_step(process, folder / "cut", 15)
+    hosts[1].run("ip", "link", "set", "eth0", "down")
+    cut = time.monotonic()
+    try:
+        output = process.communicate(timeout=40)[0]
+        took = time.monotonic() - cut
+        assert process.returncode not in (0, 2, 77), output
+        assert "HangError: a peer is gone or silent for 6 s" in output
+        assert "Traceback" not in output, output
+        print(f"ended {took:.1f} s after the cut, launcher's code {process.returncode}")
+        assert took < 30
+        assert _nothing_runs(hosts, within_s=15)
+    finally:
+        hosts[1].run("ip", "link", "set", "eth0", "up")
+    process = _start(folder, hosts[0], "cut")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert "continuing cut at step" in output
+    _same_curve(metrics(folder / "cut"), alone)
+
+
+def test_a_stopped_launcher_lets_both_hosts_save(folder: Path, hosts: tuple[Host, Host]) -> None:
+    process = _start(folder, hosts[0], "stopped", "train.steps=5000", "checkpoint.every_steps=0")
+    _wait_for_step(process, folder / "stopped", 5)
+    inside = hosts[0].run("pgrep", "-of", "bin/deepspeed").split()[0]
+    hosts[0].run("kill", f"-{signal.SIGTERM.value}", inside)
+    output = process.communicate(timeout=40)[0]
+    print(f"launcher's code {process.returncode}")
+    assert _nothing_runs(hosts, within_s=15), output
+    assert len(list((folder / "stopped/checkpoints").glob("step_*"))) == 1, output
