@@ -59,8 +59,9 @@ exec 9<"$variables"
 rm "$variables"
 export DS_ENV_FILE=/dev/fd/9
 
-# Without it ssh, and so the whole command, would wait for a host that has dropped off the network.
-export PDSH_SSH_ARGS_APPEND="-o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3 ${PDSH_SSH_ARGS_APPEND:-}"
+# Without it ssh, and so the whole command, would wait for ever for a host that has dropped off the
+# network. ssh takes the first of two values, so yours come first.
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=6"
 
 # The words pass a remote shell, and deepspeed adds quotes of its own to one with a space in it.
 words=()

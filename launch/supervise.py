@@ -143,8 +143,7 @@ def judge(status: int, exits: Sequence[dict[str, Any]], leftovers: int) -> tuple
         what = MEANINGS.get(code, "an error nobody foresaw")
         return code, f"rank {record.get('rank')} on {record.get('host')} left with {code}, {what}"
     if status < 0:
-        name = signal.Signals(-status).name
-        return 128 - status, f"the command was killed by {name}"
+        return 128 - status, f"the command was killed by {signal.Signals(-status).name}"
     if status == 0 and leftovers:
         return 1, f"the command left with 0, but {leftovers} of its processes were still running"
     return status, f"the command left with {status}" + (", done" if status == 0 else "")
@@ -152,10 +151,8 @@ def judge(status: int, exits: Sequence[dict[str, Any]], leftovers: int) -> tuple
 
 def read_exits(path: Path, start: int) -> list[dict[str, Any]]:
     """What ranks wrote to the exit file from byte `start` on; lines that do not parse are left out."""
-    if not path.exists():
-        return []
     records = []
-    for line in path.read_bytes()[start:].splitlines():
+    for line in path.read_bytes()[start:].splitlines() if path.exists() else ():
         with suppress(ValueError):
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("code"), int):
@@ -211,13 +208,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="supervise.py",
-        description="Run a training command and restart it when it ends in a way a restart mends.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _Parser(prog="supervise.py", description=(__doc__ or "").splitlines()[0], epilog=_EPILOG)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--run-dir", type=Path, required=True, help="the run's folder; a new checkpoint in it is progress")
     add("--max-failures", type=int, default=5, help="give up after so many in a row without progress (5)")

@@ -167,6 +167,46 @@ def test_mistakes_are_one_line_and_exit_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failure_leaves_its_code_where_a_supervisor_reads_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exits = tmp_path / "exits.jsonl"
+    monkeypatch.setenv("MEGALITE_EXIT_FILE", str(exits))
+    monkeypatch.setenv("RANK", "3")
+    assert main(["train", "--keys"]) == 0
+    assert not exits.exists()
+    assert main(["train", "nowhere.toml"]) == 2
+    with pytest.raises(SystemExit):
+        main(["train", "--no-such-option"])
+    records = [json.loads(line) for line in exits.read_text().splitlines()]
+    assert [(record["rank"], record["code"]) for record in records] == [("3", 2), ("3", 2)]
+    monkeypatch.setenv("MEGALITE_EXIT_FILE", str(tmp_path / "no/such/folder"))
+    assert main(["train", "nowhere.toml"]) == 2  # what cannot be written changes nothing
+
+
+def test_processes_that_do_not_meet_end_with_76(config: Path, tmp_path: Path) -> None:
+    lonely = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    command = [sys.executable, "-m", "megalite", "train", str(config), "resilience.comm_timeout_s=1"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**ENVIRONMENT, **lonely}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 76
+    said = [line for line in done.stderr.splitlines() if line.startswith("megalite: ")]
+    assert len(said) == 1
+    assert "did not find each other within 1 s at 127.0.0.1:1" in said[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_console_that_goes_away_does_not_end_the_run(config: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "megalite", "train", str(config), "run_dir=run", "log.every_steps=1"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, stderr=writing, timeout=60)
+    os.close(writing)
+    assert done.returncode == 0
+    assert len(metrics(tmp_path / "run")) == 6
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["train", "--help"])

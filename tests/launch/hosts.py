@@ -72,8 +72,8 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
     """Both hosts with sshd running; `folder`/bin/ssh gets from one to the other without questions."""
     hosts: list[Host] = []
     try:
-        for index in (1, 2):
-            hosts.append(Host(f"host{index}", f"10.99.0.{index}"))
+        hosts.append(Host("host1", "10.99.0.1"))
+        hosts.append(Host("host2", "10.99.0.2"))
         one, two = hosts
         # In the network of the first host but with our process numbers, by which the second is named.
         inside = ["nsenter", "--target", str(one.pid), "--net"]
@@ -81,7 +81,7 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
         subprocess.run([*inside, *cable.split()], check=True, capture_output=True)
         for host in hosts:
             host.run(*f"ip addr add {host.address}/24 dev eth0".split())
-            host.run(*"ip link set eth0 up".split())
+            host.run("ip", "link", "set", "eth0", "up")
         _write_ssh_files(folder)
         for host in hosts:
             _start_sshd(folder, host)

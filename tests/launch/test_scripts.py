@@ -1,0 +1,131 @@
+"""The launch scripts: what they say to a question and to a mistake, and what they start."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalite.config_file import to_toml
+from tests.trainer.runs import metrics, tiny, write_dataset
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+CONFIG = str(LAUNCH.parent / "configs/quickstart.toml")
+SCRIPTS = ("local_cpu.sh", "cluster.sh", "slurm.sbatch")
+
+
+def _run(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        ["bash", str(LAUNCH / command[0]), *command[1:]],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+
+
+def _tool(folder: Path, name: str, text: str) -> None:
+    """A program of this name in `folder`."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def _is_one_line(done: subprocess.CompletedProcess[str], words: str) -> bool:
+    return done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_has_an_example_and_the_shell_can_read_it(script: str, tmp_path: Path) -> None:
+    done = _run(script, "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"launch/{script}") == 2  # the usage and an example
+    assert "#" not in done.stdout
+    assert "run_dir=" in done.stdout
+    assert subprocess.run(["bash", "-n", str(LAUNCH / script)]).returncode == 0
+    assert script.endswith(".sbatch") or (LAUNCH / script).stat().st_mode & stat.S_IXUSR
+
+
+def test_mistakes_are_one_line_and_exit_2(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("# two hosts\na slots=2\nb slots=many\n")
+    for command, words in [
+        (["local_cpu.sh"], "local_cpu: no config file given"),
+        (["local_cpu.sh", "-n", "two", CONFIG], "not 'two'"),
+        (["local_cpu.sh", "-n"], "-n needs a number"),
+        (["local_cpu.sh", "--gpus", CONFIG], "unknown option --gpus"),
+        (["local_cpu.sh", CONFIG, "modle.num_heads=3"], "did you mean model?"),
+        (["cluster.sh", CONFIG], "cluster: --hostfile is missing"),
+        (["cluster.sh", "--hostfile", "none", CONFIG], "no hostfile none"),
+        (["cluster.sh", "--hostfile"], "--hostfile needs a value"),
+        (["cluster.sh", "--hostfile", "hosts"], "no config file given"),
+        (
+            ["cluster.sh", "--hostfile", "hosts", CONFIG],
+            "hosts:3: 'b slots=many' is not HOST slots=PROCESSES",
+        ),
+        (["slurm.sbatch", CONFIG], "slurm: not inside a Slurm job"),
+    ]:
+        done = _run(*command, cwd=tmp_path)
+        assert _is_one_line(done, words), (command, done)
+    inside = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    assert _is_one_line(_run("slurm.sbatch", CONFIG, cwd=tmp_path, **inside), "no launch/supervise.py in")
+
+
+@pytest.mark.slow
+def test_local_cpu_trains_with_overrides(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "train", seed=1, documents=40)
+    write_dataset(tmp_path / "valid", seed=2, documents=10)
+    (tmp_path / "tiny.toml").write_text(to_toml(tiny(tmp_path, "train.steps=6")))
+    done = _run("local_cpu.sh", "-n", "2", "tiny.toml", "run_dir=a b", "train.steps=4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(tmp_path / "a b")) == 4
+    assert '"processes": 2' in (tmp_path / "a b/ledger.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_is_signalled_saves_and_goes_back_to_the_queue(tmp_path: Path) -> None:
+    """With stand-ins for srun, which starts two tasks and passes a signal on to them, and scontrol."""
+    write_dataset(tmp_path / "train", seed=1, documents=40)
+    write_dataset(tmp_path / "valid", seed=2, documents=10)
+    (tmp_path / "tiny.toml").write_text(to_toml(tiny(tmp_path, "train.steps=100000", "optim.warmup_steps=3")))
+    tools = tmp_path / "tools"
+    _tool(
+        tools,
+        "srun",
+        """
+while [[ $1 == --* ]]; do shift; done
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & pids+=($!); done
+trap 'kill -TERM "${pids[@]}"; caught=1' TERM
+worst=0
+for pid in "${pids[@]}"; do
+    code=0; wait "$pid" || code=$?
+    while [ "${caught:-}" ]; do caught=; code=0; wait "$pid" || code=$?; done
+    [ "$code" -le "$worst" ] || worst=$code
+done
+exit "$worst" """,
+    )
+    _tool(
+        tools, "scontrol", f'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >>{tmp_path}/asked; fi'
+    )
+    path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(LAUNCH.parent), "SLURM_NTASKS": "2"}
+    process = subprocess.Popen(
+        ["bash", str(LAUNCH / "slurm.sbatch"), "tiny.toml", "run_dir=run"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "SLURM_JOB_NODELIST": "here", **job},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (tmp_path / "run/metrics.jsonl").exists():
+        pass
+    process.terminate()  # the batch shell alone, as --signal=B: does
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    assert (tmp_path / "asked").read_text() == f"requeue {job['SLURM_JOB_ID']}\n"
+    assert len(list((tmp_path / "run/checkpoints").glob("step_*"))) == 1
