@@ -33,7 +33,7 @@ examples:
 
 restarted: 75 (stopped after a save), 76 (a peer was lost), death by a signal, any other failure.
 never restarted: 0 (done), 2 (a mistake in the input), 77 (diverged).
-SIGTERM and SIGINT are passed on; then it waits for the command and exits with its code.
+SIGTERM, SIGINT and SIGUSR1 are passed on; then it waits for the command and exits with its code.
 """
 MEANINGS = {2: "a mistake in the input", 75: "stopped after a save", 76: "a peer was lost", 77: "diverged"}
 FINAL = {2, 77}  # a restart would meet the same again
@@ -55,12 +55,13 @@ class Supervisor:
 
     def run(self) -> int:
         """Start and restart; the exit code is the last one of the ranks."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._pass_on)
         best, failures, attempt = newest_step(self.checkpoints), 0, 0
         while True:
             attempt += 1
-            say(f"start {attempt} at {_at(best)}: {shlex.join(self.command)}")
+            words = " ".join(shlex.join(self.command).split())  # one line, whatever is quoted in it
+            say(f"start {attempt} at {_at(best)}: {words}")
             began = time.monotonic()
             code, reason = self._attempt()
             step = newest_step(self.checkpoints)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -90,7 +91,8 @@ def test_local_cpu_trains_with_overrides(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_slurm_job_that_is_signalled_saves_and_goes_back_to_the_queue(tmp_path: Path) -> None:
-    """With stand-ins for srun, which starts two tasks and passes a signal on to them, and scontrol."""
+    """With stand-ins for srun, which starts two tasks and treats signals as srun does (it hands
+    USR1 to the tasks and kills them on TERM), and for scontrol."""
     write_dataset(tmp_path / "train", seed=1, documents=40)
     write_dataset(tmp_path / "valid", seed=2, documents=10)
     (tmp_path / "tiny.toml").write_text(to_toml(tiny(tmp_path, "train.steps=100000", "optim.warmup_steps=3")))
@@ -101,7 +103,8 @@ def test_a_slurm_job_that_is_signalled_saves_and_goes_back_to_the_queue(tmp_path
         """
 while [[ $1 == --* ]]; do shift; done
 for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & pids+=($!); done
-trap 'kill -TERM "${pids[@]}"; caught=1' TERM
+trap 'kill -KILL "${pids[@]}"' TERM
+trap 'kill -USR1 "${pids[@]}"; caught=1' USR1
 worst=0
 for pid in "${pids[@]}"; do
     code=0; wait "$pid" || code=$?
@@ -124,7 +127,7 @@ exit "$worst" """,
     )
     while process.poll() is None and not (tmp_path / "run/metrics.jsonl").exists():
         pass
-    process.terminate()  # the batch shell alone, as --signal=B: does
+    process.send_signal(signal.SIGUSR1)  # to the batch shell alone, as --signal=B: does
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 75, said
     assert (tmp_path / "asked").read_text() == f"requeue {job['SLURM_JOB_ID']}\n"
