@@ -20,7 +20,7 @@ from tests.trainer.runs import metrics, tiny, write_dataset
 
 ROOT = Path(__file__).parents[2]
 # Steps slow enough to be caught in the middle, and a timeout short enough to be waited for.
-OVERRIDES = ("train.steps=60", "checkpoint.every_steps=10", "resilience.comm_timeout_s=5")
+OVERRIDES = ("train.steps=60", "checkpoint.every_steps=10", "resilience.comm_timeout_s=8")
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +75,7 @@ def _start(folder: Path, host: Host, run: str, *overrides: str) -> subprocess.Po
 
 
 def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not ((run / "metrics.jsonl").exists() and len(metrics(run)) >= step):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
@@ -125,13 +125,13 @@ def test_a_cut_cable_ends_the_run_and_the_same_command_continues_it(
     hosts[1].run("ip", "link", "set", "eth0", "down")
     cut = time.monotonic()
     try:
-        output = process.communicate(timeout=40)[0]
+        output = process.communicate(timeout=60)[0]
         took = time.monotonic() - cut
         assert process.returncode not in (0, 2, 77), output
-        assert "HangError: a peer is gone or silent for 5 s" in output
+        assert "HangError: a peer is gone or silent for 8 s" in output
         assert "Traceback" not in output, output
-        assert took < 20, output
-        assert _nothing_runs(hosts, within_s=15)
+        assert took < 30, output
+        assert _nothing_runs(hosts, within_s=30)
         assert [json.loads(line)["code"] for line in exits.read_text().splitlines()] == [76, 76]
     finally:
         hosts[1].run("ip", "link", "set", "eth0", "up")
@@ -147,6 +147,6 @@ def test_a_stopped_launcher_lets_both_hosts_save(folder: Path, hosts: tuple[Host
     _wait_for_step(process, folder / "stopped", 5)
     inside = hosts[0].run("pgrep", "-of", "bin/deepspeed").split()[0]
     hosts[0].run("kill", f"-{signal.SIGTERM.value}", inside)
-    output = process.communicate(timeout=40)[0]
-    assert _nothing_runs(hosts, within_s=15), output
+    output = process.communicate(timeout=60)[0]
+    assert _nothing_runs(hosts, within_s=30), output
     assert len(list((folder / "stopped/checkpoints").glob("step_*"))) == 1, output
