@@ -33,6 +33,7 @@ from megalite.optim.lr import learning_rate
 from megalite.parallel.collectives import all_reduce, gather_json
 from megalite.parallel.mesh import Mesh
 from megalite.resilience.preempt import PreemptionFlag
+from megalite.version import code_version
 
 T = TypeVar("T")
 
@@ -65,6 +66,7 @@ class Trainer:
         if mesh.device.type == "cpu":
             keep_freed_memory()
         self.loader, self.validation = self._together(self._open_data)
+        self._agree_on_data()
         self.engine: Engine = NativeEngine(config, mesh)
         self.step = 0  # optimizer steps taken or skipped
         self.position = 0  # samples consumed
@@ -196,14 +198,40 @@ class Trainer:
     # --- start ----------------------------------------------------------------------------------
 
     def _agree_on_config(self) -> None:
-        """Every rank must have been given the same configuration.
+        """Every rank must have been given the same configuration, and run the same code.
 
-        Raises:  ConfigError, on every rank, naming the first key that differs
+        Raises:  ConfigError, on every rank, naming what differs first
         """
-        configs = gather_json(self.config.model_dump(mode="json"), self.mesh.world, self.mesh.device)
-        for rank, other in enumerate(configs[1:], 1):
-            for key, (here, there) in changed_keys(configs[0], other).items():
+        mine = {"megalite": code_version(), "config": self.config.model_dump(mode="json")}
+        everyone = gather_json(mine, self.mesh.world, self.mesh.device)
+        first = everyone[0]
+        for rank, other in enumerate(everyone[1:], 1):
+            if other["megalite"] != first["megalite"]:
+                raise ConfigError(
+                    f"rank 0 runs megalite {first['megalite']} but rank {rank} {other['megalite']}; install "
+                    "the same code on every host"
+                )
+            for key, (here, there) in changed_keys(first["config"], other["config"]).items():
                 raise ConfigError(f"{key}={here!r} on rank 0 but {there!r} on rank {rank}; use one config")
+
+    def _agree_on_data(self) -> None:
+        """Every rank must see the same datasets, whatever its host keeps under these paths.
+
+        Raises:  DataError, on every rank, naming the first dataset that differs
+        """
+        loaders = [loader for loader in (self.loader, self.validation) if loader is not None]
+        datasets = [dataset for loader in loaders for dataset in loader.datasets]
+        digests = [dataset.manifest.digest for dataset in datasets]
+        everyone = gather_json(digests, self.mesh.world, self.mesh.device)
+        for rank, others in enumerate(everyone[1:], 1):
+            for dataset, here, there in zip(datasets, everyone[0], others, strict=True):
+                if here != there:
+                    error = DataError(
+                        f"{dataset.path} has manifest {here} on rank 0 but {there} on rank {rank}; copy one "
+                        "dataset to every host, or put it on shared storage"
+                    )
+                    error.is_shared = True
+                    raise error
 
     def _together(self, action: Callable[[], T]) -> T:
         """What `action` returns, once it has succeeded on every rank; else the first failure, on all."""

@@ -77,6 +77,11 @@ class Manifest:
         """Tokens in all shards, end-of-document tokens included."""
         return sum(int(shard.batches[:, TOKENS].sum()) for shard in self.shards)
 
+    @property
+    def digest(self) -> str:
+        """Of all that the manifest says, CRCs of the data included: equal only for the same dataset."""
+        return f"{zlib.crc32(dump_manifest(self).encode()):08x}"
+
 
 def dump_manifest(manifest: Manifest) -> str:
     """The manifest as JSON text, one shard a line, with the CRC of its content."""

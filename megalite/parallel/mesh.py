@@ -94,6 +94,10 @@ def build_mesh(timeout_s: float = 600.0, shape: MeshShape | None = None) -> Mesh
             f"WORLD_SIZE={size} but {', '.join(missing)} unset; start with torchrun or the deepspeed launcher"
         )
     if not dist.is_initialized():
+        if device.type == "cuda":
+            # The last collectives of every rank, written out when one times out: who did not come to which.
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 

@@ -7,12 +7,15 @@ import os
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from megalite.config import Config
+from megalite.config import Config, Source
+from megalite.data.loader import open_sources
+from megalite.data.shards import Dataset
 from megalite.data.tokenizer import ByteTokenizer
 from megalite.data.writer import ShardWriter
 from megalite.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError
@@ -366,6 +369,37 @@ def _expect_a_peers_trouble(mesh: Mesh, config: Config) -> tuple[str, bool]:
     finally:
         megalite.trainer.open_sources = original
     return str(caught.value), caught.value.is_shared
+
+
+def _expect_other_code(mesh: Mesh, config: Config) -> str:
+    other = mock.patch("megalite.trainer.code_version", lambda: f"0.1.0+{mesh.rank}")
+    with other, pytest.raises(ConfigError) as caught:
+        Trainer(config, mesh)
+    return str(caught.value)
+
+
+def _expect_other_data(mesh: Mesh, config: Config, others: str) -> str:
+    """On rank 1 the same paths hold another dataset, as on a host with a disk of its own."""
+
+    def open_others(sources: tuple[Source, ...]) -> object:
+        return open_sources(tuple(Source(path=others if mesh.rank == 1 else s.path) for s in sources))
+
+    with mock.patch("megalite.trainer.open_sources", open_others), pytest.raises(DataError) as caught:
+        Trainer(config, mesh)
+    assert caught.value.is_shared
+    return str(caught.value)
+
+
+def test_ranks_with_other_code_or_data_do_not_start(root: Path) -> None:
+    for text in run_ranks(_expect_other_code, 2, tiny(root)):
+        assert text == (
+            "rank 0 runs megalite 0.1.0+0 but rank 1 0.1.0+1; install the same code on every host"
+        )
+    others = write_dataset(root / "others", seed=9)
+    here, there = (Dataset(path).manifest.digest for path in (root / "train", others))
+    for text in run_ranks(_expect_other_data, 2, tiny(root), str(others)):
+        assert f"has manifest {here} on rank 0 but {there} on rank 1" in text
+    assert not (root / "run").exists()
 
 
 def test_data_missing_on_one_rank_stops_all_with_its_reason(root: Path) -> None:
