@@ -185,7 +185,7 @@ def test_a_run_under_torchrun_that_is_preempted_and_killed_has_the_same_curve(tm
     write_dataset(tmp_path / "train", seed=1, documents=40)
     write_dataset(tmp_path / "valid", seed=2, documents=10)
     config = tmp_path / "tiny.toml"
-    config.write_text(to_toml(tiny(tmp_path, "train.steps=400", "checkpoint.every_steps=50")))
+    config.write_text(to_toml(tiny(tmp_path, "train.steps=200", "checkpoint.every_steps=50")))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "megalite", "train", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -193,11 +193,15 @@ def test_a_run_under_torchrun_that_is_preempted_and_killed_has_the_same_curve(tm
     subprocess.run([*command, f"run_dir={reference}"], env=environment, check=True, capture_output=True)
     supervised = [*SUPERVISE, "--run-dir", str(run), *QUICK, "--", *command, f"run_dir={run}"]
     process = subprocess.Popen(supervised, env=environment, stderr=subprocess.PIPE, text=True)
-    for step, number in ((20, signal.SIGTERM), (120, signal.SIGKILL)):
-        _wait_for(lambda step=step: (run / "metrics.jsonl").exists() and len(metrics(run)) >= step)
-        os.kill(_rank_of(process.pid, 1), number)
-        _wait_for(lambda number=number: (run / "exits.jsonl").exists())
-    said = process.communicate(timeout=60)[1]
+    try:
+        for step, number in ((20, signal.SIGTERM), (120, signal.SIGKILL)):
+            _wait_for(lambda step=step: (run / "metrics.jsonl").exists() and len(metrics(run)) >= step)
+            os.kill(_rank_of(process.pid, 1), number)
+            _wait_for(lambda number=number: (run / "exits.jsonl").exists())
+        said = process.communicate(timeout=120)[1]
+    finally:
+        process.terminate()  # which takes along what it started
+        process.wait()
     assert process.returncode == 0, said
     assert "left with 75, stopped after a save" in said
     assert "rank 0 on" in said
