@@ -200,14 +200,11 @@ def _run(config: Config) -> int:
         ) from error
     try:
         Trainer(config, mesh).fit()
-    except RuntimeError as error:
-        # gloo reports a lost or silent peer as a plain RuntimeError.
-        if mesh.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
-            raise HangError(
-                f"a peer is gone or silent for {timeout_s:.0f} s "
-                f"({_first_line(error)}); start the same command again to continue"
-            ) from error
-        raise
+    except dist.DistError as error:
+        raise HangError(
+            f"a peer is gone or silent for {timeout_s:.0f} s "
+            f"({_first_line(error)}); start the same command again to continue"
+        ) from error
     close_mesh(mesh)
     return 0
 

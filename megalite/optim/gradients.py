@@ -15,11 +15,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalite.optim.buckets import Bucket, FlatLayout
-from megalite.parallel.collectives import all_reduce, start_all_reduce, start_reduce_scatter
+from megalite.parallel.collectives import Pending, all_reduce, start_all_reduce, start_reduce_scatter
 from megalite.parallel.mesh import Axis
 
 _IN_FLIGHT = 2  # buckets being reduced at once where each holds a buffer of its own
@@ -27,7 +26,7 @@ _IN_FLIGHT = 2  # buckets being reduced at once where each holds a buffer of its
 
 class _Reduction(NamedTuple):
     bucket: Bucket
-    work: dist.Work
+    work: Pending
     buffer: Tensor  # what the collective reads; to be kept until it is done
     received: Tensor | None  # to be added to the shard
 
@@ -58,7 +57,7 @@ class Gradients:
         self._place = {slot.name: (bucket, slot) for bucket in layout.buckets for slot in bucket.slots}
         self._buffers: dict[int, Tensor] = {}
         self._in_flight: deque[_Reduction] = deque()
-        self._works: list[dist.Work] = []
+        self._works: list[Pending] = []
         self.begin_step(1)
 
     def begin_step(self, micro_batches: int) -> None:

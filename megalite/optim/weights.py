@@ -17,11 +17,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalite.optim.buckets import ROOT, Bucket, FlatLayout
-from megalite.parallel.collectives import start_all_gather
+from megalite.parallel.collectives import Pending, start_all_gather
 
 
 class Weights:
@@ -40,7 +39,7 @@ class Weights:
         self._whole: dict[int, Tensor] = {}
         self._parts: dict[int, Tensor] = {}  # this rank's part of each bucket that is gathered
         self._units: dict[str, list[Bucket]] = {}
-        self._arriving: dict[int, dist.Work] = {}
+        self._arriving: dict[int, Pending] = {}
         self._here: set[int] = set()
         self._in_backward = False
         shares_master = self._aliases_master and layout.shard.size == 1

@@ -7,7 +7,8 @@ bytes from another host are not to be executed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,10 +18,46 @@ from torch import Tensor
 from megalite.parallel.mesh import Axis
 
 
+class PeerError(dist.DistError):
+    """Another process is gone, or was silent for longer than the group's timeout."""
+
+
+@contextmanager
+def peer_errors() -> Iterator[None]:
+    """Around communication under way: backends report a lost peer as a plain RuntimeError of many wordings.
+
+    Raises:  PeerError
+    """
+    try:
+        yield
+    except dist.DistError:
+        raise
+    except RuntimeError as error:
+        raise PeerError(str(error)) from error
+
+
+class Pending:
+    """A communication that has been started."""
+
+    def __init__(self, work: dist.Work) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        """Have what follows see its result: the host on CPU, the current stream on CUDA.
+
+        Raises:  PeerError
+        """
+        with peer_errors():
+            self._work.wait()
+
+
 def all_reduce(tensor: Tensor, axis: Axis) -> Tensor:
-    """Sum `tensor` over the axis in place, and return it."""
+    """Sum `tensor` over the axis in place, and return it.
+
+    Raises:  PeerError
+    """
     if axis.group is not None:
-        dist.all_reduce(tensor, group=axis.group)
+        start_all_reduce(tensor, axis).wait()
     return tensor
 
 
@@ -29,24 +66,42 @@ _all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", dist.
 _reduce_scatter: Callable[..., dist.Work] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-def start_all_reduce(tensor: Tensor, axis: Axis) -> dist.Work:
+def start_all_reduce(tensor: Tensor, axis: Axis) -> Pending:
     """Begin to sum `tensor` over an axis of at least two, in place; done once waited for."""
-    work: dist.Work = dist.all_reduce(tensor, group=axis.group, async_op=True)
-    return work
+    return Pending(dist.all_reduce(tensor, group=axis.group, async_op=True))
 
 
-def start_reduce_scatter(output: Tensor, tensor: Tensor, axis: Axis) -> dist.Work:
+def start_reduce_scatter(output: Tensor, tensor: Tensor, axis: Axis) -> Pending:
     """Begin to sum `tensor` [axis.size · n] over the axis; rank r's part [n] lands in `output`."""
-    return _reduce_scatter(output, tensor, group=axis.group, async_op=True)
+    return Pending(_reduce_scatter(output, tensor, group=axis.group, async_op=True))
 
 
-def start_all_gather(output: Tensor, part: Tensor, axis: Axis) -> dist.Work:
+def start_all_gather(output: Tensor, part: Tensor, axis: Axis) -> Pending:
     """Begin to collect every rank's `part` [n] in `output` [axis.size · n], in rank order.
 
     Moved as bytes, since not every backend moves every floating dtype.
     """
     whole, part = output.view(torch.uint8), part.view(torch.uint8)
-    return _all_gather(whole, part, group=axis.group, async_op=True)
+    return Pending(_all_gather(whole, part, group=axis.group, async_op=True))
+
+
+def start_send(tensor: Tensor, receiver: int, axis: Axis, tag: int) -> Pending:
+    """Begin to send to a rank of the axis; the tensor must stay as it is until waited for."""
+    with peer_errors():
+        return Pending(_posted(dist.isend(tensor, group=axis.group, group_dst=receiver, tag=tag)))
+
+
+def start_receive(buffer: Tensor, sender: int, axis: Axis, tag: int) -> Pending:
+    """Begin to receive from a rank of the axis into `buffer`."""
+    with peer_errors():
+        return Pending(_posted(dist.irecv(buffer, group=axis.group, group_src=sender, tag=tag)))
+
+
+def _posted(work: dist.Work | None) -> dist.Work:
+    """A transfer's handle, which c10d withholds from processes outside the group."""
+    if work is None:
+        raise ValueError("this process is not part of the axis's process group")
+    return work
 
 
 def gather_json(value: Any, axis: Axis, device: torch.device) -> list[Any]:
@@ -54,14 +109,14 @@ def gather_json(value: Any, axis: Axis, device: torch.device) -> list[Any]:
     if axis.group is None:
         return [value]
     payload = json.dumps(value).encode()
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(axis.size)]
-    dist.all_gather(sizes, torch.tensor([len(payload)], dtype=torch.int64, device=device), group=axis.group)
-    lengths = [int(size) for size in sizes]
+    sizes = torch.zeros(axis.size, dtype=torch.int64, device=device)
+    start_all_gather(sizes, torch.tensor([len(payload)], dtype=torch.int64, device=device), axis).wait()
+    lengths = sizes.tolist()
     sent = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
     sent[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
-    received = [torch.empty_like(sent) for _ in range(axis.size)]
-    dist.all_gather(received, sent, group=axis.group)
+    received = sent.new_empty(axis.size * len(sent))
+    start_all_gather(received, sent, axis).wait()
     return [
         json.loads(part[:length].cpu().numpy().tobytes())
-        for part, length in zip(received, lengths, strict=True)
+        for part, length in zip(received.chunk(axis.size), lengths, strict=True)
     ]

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megalite.parallel.collectives import Pending, start_receive, start_send
 from megalite.parallel.deferred import WeightGradients, deferring
 from megalite.parallel.mesh import Axis
 from megalite.parallel.schedule import Action, Kind, Message, Schedule, consumed, count_stages, produced
@@ -142,8 +142,8 @@ class _Run:
         split = [s for s in program.steps if isinstance(s, Action) and s.kind is Kind.WEIGHT_GRAD]
         self.split = {(action.stage, action.micro_batch) for action in split}
         self.messages: dict[Message, Tensor] = {}
-        self.receiving: dict[Message, dist.Work] = {}
-        self.sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self.receiving: dict[Message, Pending] = {}
+        self.sending: deque[tuple[Pending, Tensor]] = deque()
         self.kept: dict[tuple[int, int], _Kept] = {}
         self.results: dict[int, Tensor] = {}
 
@@ -210,23 +210,21 @@ class _Run:
         return self.messages.pop(message).detach()
 
     def _transfer(self, transfer: Transfer) -> None:
-        group, number = self.axis.group, transfer.number
         if transfer.receiver == self.axis.rank:
             buffer = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             self.messages[transfer.message] = buffer
-            work = dist.irecv(buffer, group=group, group_src=transfer.sender, tag=number)
-            self.receiving[transfer.message] = _posted(work)
+            pending = start_receive(buffer, transfer.sender, self.axis, transfer.number)
+            self.receiving[transfer.message] = pending
         else:
             tensor = self.messages.pop(transfer.message).contiguous()
-            work = dist.isend(tensor, group=group, group_dst=transfer.receiver, tag=number)
-            self.sending.append((_posted(work), tensor))
+            self.sending.append((start_send(tensor, transfer.receiver, self.axis, transfer.number), tensor))
             self._finish_sends(_SENDS_IN_FLIGHT)
 
     def _finish_sends(self, leave: int) -> None:
         """Wait for the oldest sends, and let go of their tensors, until `leave` are under way."""
         while len(self.sending) > leave:
-            work, _tensor = self.sending.popleft()
-            work.wait()
+            pending, _tensor = self.sending.popleft()
+            pending.wait()
 
     def _check(self, action: Action, y: Tensor) -> None:
         if y.shape != self.shape or y.dtype != self.dtype:
@@ -234,10 +232,3 @@ class _Run:
                 f"stage {action.stage} returned {tuple(y.shape)} {y.dtype} for micro-batch "
                 f"{action.micro_batch}; the step was announced with {tuple(self.shape)} {self.dtype}"
             )
-
-
-def _posted(work: dist.Work | None) -> dist.Work:
-    """A transfer's handle, which c10d withholds from processes outside the group."""
-    if work is None:
-        raise ValueError("this process is not part of the pipeline's process group")
-    return work
