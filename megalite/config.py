@@ -131,6 +131,13 @@ class MeshConfig(Section):
         0, ge=0, description="dp processes that share one model's state, the rest replicate; 0 means all"
     )
     bucket_mib: float = Field(8.0, gt=0, description="gradient bucket, MiB of fp32; one collective each")
+    zero_engine: Literal["native", "deepspeed"] = Field(
+        "native", description="who runs ZeRO: megalite, or DeepSpeed (pip install megalite[deepspeed])"
+    )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="deepspeed: where optimizer state lies, at stage 3 the weights too"
+    )
+    nvme_path: str = Field("", description="deepspeed: folder on a fast local disk for offload=nvme")
 
 
 class Source(Section):
@@ -266,6 +273,7 @@ class Config(Section):
             )
         self._check_tp()
         self._check_pp()
+        self._check_zero_engine()
         return self
 
     def _check_tp(self) -> None:
@@ -334,6 +342,68 @@ class Config(Section):
         counts = self.mesh.pp_layers or [least + (stage < more) for stage in range(stages)]
         ends = list(itertools.accumulate(counts))
         return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
+
+    def _check_zero_engine(self) -> None:
+        """What only one of the two ZeRO engines can do.
+
+        Raises:  ValueError
+        """
+        mesh, train = self.mesh, self.train
+        offload, stage = f'mesh.offload="{mesh.offload}"', f"mesh.zero_stage={mesh.zero_stage}"
+        native, ours = mesh.zero_engine == "native", 'with mesh.zero_engine="deepspeed"'
+        selective = f'train.recompute="selective" with {stage}'
+        on_disk = mesh.offload == "nvme"
+        # What is wrong, what was seen, and why or what would be right.
+        faults = [
+            (
+                native and mesh.offload != "none",
+                f'{offload} needs mesh.zero_engine="deepspeed"',
+                'or use "none"',
+            ),
+            (
+                native and mesh.nvme_path,
+                "mesh.nvme_path",
+                'needs mesh.zero_engine="deepspeed"; leave it empty',
+            ),
+            (
+                not native and mesh.zero_stage == 0,
+                f"{stage} {ours}",
+                "there is nothing to divide; use 1, 2 or 3",
+            ),
+            (
+                not native and mesh.zero_shard_size,
+                f"mesh.zero_shard_size={mesh.zero_shard_size} {ours}",
+                "it divides over all data-parallel processes; use 0, or the native engine",
+            ),
+            (
+                not native and mesh.pp > 1,
+                f"mesh.pp={mesh.pp} {ours}",
+                "its ZeRO refuses pipelines from stage 2 on; use mesh.pp=1 with a larger mesh.tp, or native",
+            ),
+            (
+                not native and train.compile,
+                f"train.compile=true {ours}",
+                "its hooks are not proven under the compiler; use false, or the native engine",
+            ),
+            (
+                not native and train.recompute == "selective" and mesh.zero_stage == 3,
+                f"{selective} {ours}",
+                'it would have to repeat the gathers of weights; use "full" or "none", or the native engine',
+            ),
+            (
+                not native and on_disk and mesh.zero_stage < 3,
+                f"{stage} with {offload}",
+                'DeepSpeed moves state to disk at stage 3 only; use mesh.zero_stage=3 or mesh.offload="cpu"',
+            ),
+            (
+                not native and on_disk != bool(mesh.nvme_path),
+                f'mesh.nvme_path="{mesh.nvme_path}" with {offload}',
+                'set the path exactly with mesh.offload="nvme"',
+            ),
+        ]
+        for is_wrong, seen, remedy in faults:
+            if is_wrong:
+                raise ValueError(f"{seen}: {remedy}")
 
     def data_parallel_size(self, processes: int) -> int:
         """How many groups of processes each hold a whole model.

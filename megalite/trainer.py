@@ -11,17 +11,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megalite.checkpoint.store import Checkpoint, newest, save
 from megalite.config import Config
 from megalite.config_file import changed_keys, to_toml
-from megalite.data.loader import Batch, DataLoader, check_same_tokenizer, open_sources
+from megalite.data.loader import IGNORE, Batch, DataLoader, check_same_tokenizer, open_sources
 from megalite.data.tokenizer import load_tokenizer
 from megalite.engines.allocator import keep_freed_memory
 from megalite.engines.engine import Engine, StepSums
@@ -67,7 +68,7 @@ class Trainer:
             keep_freed_memory()
         self.loader, self.validation = self._together(self._open_data)
         self._agree_on_data()
-        self.engine: Engine = NativeEngine(config, mesh)
+        self.engine: Engine = self._together(self._engine_class)(config, mesh)
         self.step = 0  # optimizer steps taken or skipped
         self.position = 0  # samples consumed
         self.tokens = 0  # valid labels trained on
@@ -161,10 +162,17 @@ class Trainer:
         if self.validation is None:
             raise ConfigError("data.validation is empty; name a held-out dataset")
         count = min(self.config.train.eval_samples, sum(self.validation.samples))
-        mine = np.arange(self.mesh.dp.rank, count, self.mesh.dp.size)
-        width = self.config.train.micro_batch_size
-        loader = self.validation
-        batches = (loader.batch(mine[i : i + width]) for i in range(0, len(mine), width))
+        dp, width, loader = self.mesh.dp, self.config.train.micro_batch_size, self.validation
+        # Every rank takes as many, since a forward pass may need the others' weights: what is over is
+        # computed with no label asked.
+        mine = np.arange(dp.rank, -(-count // dp.size) * dp.size, dp.size)
+
+        def batch(indices: NDArray[np.int64]) -> Batch:
+            found = loader.batch(np.minimum(indices, count - 1))
+            asked = (indices < count)[:, None]
+            return replace(found, labels=np.where(asked, found.labels, IGNORE))
+
+        batches = (batch(mine[i : i + width]) for i in range(0, len(mine), width))
         sums = torch.tensor(self.engine.evaluate(batches), dtype=torch.float64, device=self.mesh.device)
         loss, tokens = all_reduce(sums, self.mesh.world).tolist()
         return float(loss / max(tokens, 1.0))
@@ -246,6 +254,14 @@ class Trainer:
                 shared.is_shared = True
                 raise shared
         return result
+
+    def _engine_class(self) -> Callable[[Config, Mesh], Engine]:
+        if self.config.mesh.zero_engine == "native":
+            return NativeEngine
+        from megalite.engines import deepspeed  # imported when asked for: it takes seconds
+
+        deepspeed.load(self.mesh.device, self.config.train.precision)
+        return deepspeed.DeepSpeedEngine
 
     def _open_data(self) -> tuple[DataLoader, DataLoader | None]:
         config = self.config

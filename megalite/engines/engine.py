@@ -11,10 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from megalite.checkpoint.format import TensorSlice
 from megalite.checkpoint.store import Checkpoint
 from megalite.data.loader import Batch
 from megalite.optim.loss_scale import LossScale
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,10 @@ class Engine(Protocol):
         """Update the weights with the reduced gradients times `grad_scale`."""
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, float]:
-        """This rank's share of the summed cross-entropy in nats and of the valid tokens, as in `StepSums`."""
+        """This rank's share of the summed cross-entropy in nats and of the valid tokens, as in `StepSums`.
+
+        Every data-parallel rank brings as many micro-batches, of the same shapes.
+        """
 
     def initialize(self) -> None:
         """Set fresh weights, a function of the seed alone."""

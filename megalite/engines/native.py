@@ -15,7 +15,7 @@ from megalite.checkpoint.format import TensorSlice
 from megalite.checkpoint.store import Checkpoint
 from megalite.config import Config
 from megalite.data.loader import Batch
-from megalite.engines.engine import StepSums
+from megalite.engines.engine import DTYPES, StepSums
 from megalite.errors import CheckpointError
 from megalite.model.init import initial_values
 from megalite.model.transformer import Part, Shared, Transformer, dropout_keys
@@ -27,8 +27,6 @@ from megalite.parallel.mesh import Mesh
 from megalite.parallel.pipeline import Pipeline, Program, build_programs
 from megalite.parallel.schedule import build_evaluation, build_schedule
 from megalite.parallel.sharding import shard_specs
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NativeEngine:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalite.parallel.collectives import Pending, PeerError, all_reduce, gather_json
+from megalite.parallel.collectives import PeerError, Pending, all_reduce, gather_json
 from megalite.parallel.mesh import Mesh, build_mesh
 from tests.ranks import join_ranks, run_ranks, spawn_ranks
 

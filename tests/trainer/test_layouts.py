@@ -167,6 +167,15 @@ def test_model_variants_agree_across_layouts(
     assert _relative(curve(two), one) < 1e-5
 
 
+@pytest.mark.parametrize("layout", ["mesh.zero_stage=3", "mesh.pp=3 model.num_layers=3"])
+def test_validation_samples_that_do_not_divide(root: Path, alone: Mesh, layout: str) -> None:
+    common = ["train.steps=3", "train.eval_every_steps=3", "train.eval_samples=4", "train.micro_batch_size=1"]
+    common += ["model.num_layers=3"]
+    one = train(alone, tiny(root, *common, f"run_dir={root}/one"))[-1]["val_loss"]
+    three = run_ranks(train, 3, tiny(root, *common, *layout.split()))[0][-1]["val_loss"]
+    assert abs(three / one - 1) < 1e-5
+
+
 DEEP = ["model.num_layers=5", "model.tie_embeddings=true", "train.steps=10"]
 DEEP_LAYOUTS = [
     (2, "mesh.pp=2 mesh.pp_schedule=interleaved mesh.pp_chunks=2 train.micro_batch_size=6"),
