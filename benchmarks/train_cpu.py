@@ -16,21 +16,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from workers import Step, Worker, race, serve
 
 VOCAB, HIDDEN, LAYERS, HEADS, FFN = 8192, 320, 6, 5, 896
 SHAPES = [(8, 256), (2, 1024)]
 PEERS = {"transformers": ["eager", "compiled"], "litgpt": ["eager", "compiled"]}
-Step = Callable[[], None]
 
 
 # --- contenders: each returns a function that takes one optimizer step ---------------------------
@@ -207,7 +206,7 @@ def gemm_ceiling(precision: str) -> float:
     return flops / seconds
 
 
-# --- a worker: one contender in one process, driven over pipes -----------------------------------
+# --- the comparisons -----------------------------------------------------------------------------
 
 
 def work(name: str, mode: str, precision: str, batch: int, seq: int) -> None:
@@ -226,90 +225,19 @@ def work(name: str, mode: str, precision: str, batch: int, seq: int) -> None:
     else:
         build = {"megalite": megalite_step, "transformers": transformers_step, "litgpt": litgpt_step}[name]
         step = build(mode, precision, batch, seq)
-    for _ in range(3):
-        step()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        began = time.perf_counter()
-        for _ in range(int(line)):
-            step()
-        taken = (time.perf_counter() - began) / int(line)
-        print(json.dumps({"s": taken, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}), flush=True)
-
-
-class Worker:
-    """A contender's process, or its processes when it has several ranks."""
-
-    def __init__(self, name: str, mode: str, precision: str, batch: int, seq: int, ranks: int = 1) -> None:
-        self.label = f"{name} {mode}".strip()
-        command = [sys.executable, __file__, "--worker", name, mode or "-", precision, str(batch), str(seq)]
-        port = str(29700 + os.getpid() % 200 + hash(name) % 50)
-        self.processes = []
-        for rank in range(ranks):
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
-            if ranks > 1:
-                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            self.processes.append(
-                subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    env=env,
-                )
-            )
-        self.seconds: list[float] = []
-        self.rss_mib = 0.0
-
-    def wait_ready(self) -> str | None:
-        """None once it is warm, else the last line of its complaint."""
-        for process in self.processes:
-            assert process.stdout is not None
-            if process.stdout.readline().strip() != "ready":
-                assert process.stderr is not None
-                lines = process.stderr.read().strip().splitlines()
-                return lines[-1] if lines else "died silently"
-        return None
-
-    def round(self, steps: int) -> None:
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(f"{steps}\n")
-            process.stdin.flush()
-        for process in self.processes:
-            assert process.stdout is not None
-            answer = json.loads(process.stdout.readline())
-        self.seconds.append(answer["s"])
-        self.rss_mib = answer["rss"] / 1024
-
-    def stop(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
+    serve(step)
 
 
 def compare(
     specs: list[tuple[str, str]], precision: str, batch: int, seq: int, pairs: int, ranks: int
 ) -> Any:
     """Rounds around all contenders; their medians."""
-    workers = []
-    for name, mode in specs:  # one after another, so that compilers do not compete
-        worker = Worker(name, mode, precision, batch, seq, ranks)
-        complaint = worker.wait_ready()
-        if complaint is None:
-            workers.append(worker)
-        else:
-            worker.stop()
-            print(f"  left out {worker.label}: {complaint}", file=sys.stderr)
-    try:
-        for _ in range(pairs):
-            for worker in workers:
-                worker.round(3)
-    finally:
-        for worker in workers:
-            worker.stop()
+
+    def start(name: str, mode: str) -> Worker:
+        command = [__file__, "--worker", name, mode or "-", precision, str(batch), str(seq)]
+        return Worker(f"{name} {mode}".strip(), command, ranks)
+
+    running, _ = race([partial(start, *spec) for spec in specs], pairs, 3)
     tokens = batch * seq * ranks
     return {
         worker.label: {
@@ -317,7 +245,7 @@ def compare(
             "peak_mib": worker.rss_mib,
             "seconds": worker.seconds,
         }
-        for worker in workers
+        for worker in running
     }
 
 

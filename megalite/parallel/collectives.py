@@ -73,7 +73,26 @@ def start_all_reduce(tensor: Tensor, axis: Axis) -> Pending:
 
 def start_reduce_scatter(output: Tensor, tensor: Tensor, axis: Axis) -> Pending:
     """Begin to sum `tensor` [axis.size · n] over the axis; rank r's part [n] lands in `output`."""
+    if tensor.device.type == "cpu":
+        return _Exchange(output, tensor, axis)
     return Pending(_reduce_scatter(output, tensor, group=axis.group, async_op=True))
+
+
+class _Exchange(Pending):
+    """A reduce-scatter for gloo, whose own sends as much as an all-reduce, twice what there is to send.
+
+    Every rank sends every other its part, and sums what it gets in rank order.
+    """
+
+    def __init__(self, output: Tensor, tensor: Tensor, axis: Axis) -> None:
+        self._output, self._tensor = output, tensor
+        self._parts = tensor.new_empty(axis.size, *output.shape)
+        received = self._parts.view(tensor.shape)
+        super().__init__(dist.all_to_all_single(received, tensor, group=axis.group, async_op=True))
+
+    def wait(self) -> None:
+        super().wait()
+        torch.sum(self._parts, 0, out=self._output)
 
 
 def start_all_gather(output: Tensor, part: Tensor, axis: Axis) -> Pending:

@@ -1,0 +1,191 @@
+"""Step time of every way of dividing a model on the CPU, beside peers: gloo ranks of one thread, fp32.
+
+    python benchmarks/parallel_cpu.py                          everything, at hidden 256 and 1024
+    python benchmarks/parallel_cpu.py --only 'zero3 2*'        cases by name, a shell pattern
+    python benchmarks/parallel_cpu.py --hidden 256 --pairs 3   one size, fewer rounds
+    python benchmarks/parallel_cpu.py --batch 4                more samples a rank, so more computation
+    python benchmarks/parallel_cpu.py --out FILE               the figures as JSON
+
+Every contender of a case trains the same Llama-shaped model on the same tokens with AdamW and clipping
+by global norm, and lives through the case; rounds go around the contenders, and a ratio is the median
+over rounds of our step time over the peer's in the same round. Beside the time stand the processor time
+of all ranks, which a busy machine disturbs less, what a rank asks to have sent in a step (see
+`traffic.py`), and the loss, which has to fall. With data parallelism `alone` is the engine on as many
+processes that share nothing: the part of every contender's time that no way of dividing the model changes,
+but for the optimizer's part in it, which ZeRO divides.
+
+Needs `pip install deepspeed`, and `pip install --no-deps megatron-core`, for these two peers; one that
+is not installed or does not run is left out and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from workers import Step, Worker, race, ratio, serve
+
+
+class Case(NamedTuple):
+    """Ours, and the peers with the greatest ratio of step times that we aim for."""
+
+    name: str
+    ranks: int
+    ours: str
+    peers: dict[str, float]
+
+    @property
+    def contenders(self) -> list[str]:
+        """Ours, the peers, and for scale what the computation alone takes, where ranks do all of it."""
+        return [self.ours, *self.peers, *(["alone"] if self.name.startswith("zero") else [])]
+
+
+def cases() -> list[Case]:
+    """All comparisons of one size."""
+    found = []
+    for ranks in (2, 4):
+        found += [
+            Case(f"zero0 {ranks}", ranks, "megalite zero0", {"ddp": 1.0}),
+            Case(f"zero1 {ranks}", ranks, "megalite zero1", {"deepspeed zero1": 0.8}),
+            Case(
+                f"zero2 {ranks}",
+                ranks,
+                "megalite zero2",
+                {"deepspeed zero2": 0.8, "fsdp2 kept": 0.6},
+            ),
+            Case(
+                f"zero3 {ranks}",
+                ranks,
+                "megalite zero3",
+                {"deepspeed zero3": 0.8, "fsdp2 resharded": 0.6},
+            ),
+        ]
+    for name in ("tp", "tp+sp"):
+        peers = {f"dtensor {name}": 0.7, f"megatron-core {name}": 1.0}
+        found.append(Case(f"{name} 2", 2, f"megalite {name}", peers))
+    found.append(Case("pp 2", 2, "megalite pp", {"torch pp": 1.0}))
+    return found
+
+
+def build(contender: str, hidden: int, batch: int) -> Step:
+    """A contender's step, in a process that is one of its ranks."""
+    import parallel_ours as ours
+    import parallel_peers as peers
+
+    shape = ours.SHAPES[hidden]._replace(batch=batch)
+    who, how = (contender + " ").split(" ", 1)
+    how = how.strip()
+    if who == "alone":
+        return ours.engine_step(shape, alone=True)
+    if who == "megalite":
+        if how.startswith("zero"):
+            return ours.engine_step(shape, zero=int(how[-1]))
+        if how == "pp":
+            return ours.pipeline_step(shape)
+        return ours.engine_step(shape, tp=2, sequence="sp" in how)
+    if who == "deepspeed":
+        return peers.deepspeed_step(shape, int(how[-1]))
+    if who == "fsdp2":
+        return peers.fsdp_step(shape, reshard=how == "resharded")
+    if who == "dtensor":
+        return peers.dtensor_step(shape, "sp" in how)
+    if who == "megatron-core":
+        return peers.megatron_step(shape, "sp" in how)
+    return peers.torch_pipeline_step(shape) if who == "torch" else peers.ddp_step(shape)
+
+
+def work(contender: str, hidden: int, batch: int) -> None:
+    """Be one rank of a contender."""
+    import torch
+    from traffic import Traffic, mib
+
+    from megalite.engines.allocator import keep_freed_memory
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    step = build(contender, hidden, batch)
+    first = step()
+    step()
+    with Traffic() as traffic:
+        step()
+    serve(step, first=first, sent_mib=mib(traffic.total), calls=sum(traffic.calls.values()))
+
+
+def run(case: Case, hidden: int, batch: int, pairs: int, steps: int) -> dict[str, Any]:
+    """Race a case's contenders; its figures."""
+
+    def start(contender: str) -> Worker:
+        return Worker(contender, [__file__, "--worker", contender, str(hidden), str(batch)], case.ranks)
+
+    workers, left_out = race([partial(start, name) for name in case.contenders], pairs, steps)
+    figures: dict[str, Any] = {"left_out": left_out, "contenders": {}, "ratios": {}}
+    seconds = {worker.label: worker.seconds for worker in workers}
+    for worker in workers:
+        figures["contenders"][worker.label] = {
+            "median_s": statistics.median(worker.seconds),
+            "seconds": worker.seconds,
+            "median_cpu_s": statistics.median(worker.cpu_seconds),
+            "peak_mib": round(worker.rss_mib),
+            "sent_mib": worker.facts["sent_mib"],
+            "calls": worker.facts["calls"],
+            "loss": [worker.facts["first"], worker.value],
+        }
+    for peer, goal in case.peers.items():
+        if peer in seconds and case.ours in seconds:
+            middle, low, high = ratio(seconds[case.ours], seconds[peer])
+            figures["ratios"][peer] = {"median": middle, "quartiles": [low, high], "goal": goal}
+    return figures
+
+
+def show(case: Case, hidden: int, figures: dict[str, Any]) -> None:
+    """A case's lines of the table."""
+    print(f"\n{case.name} ranks, hidden {hidden}")
+    for label, f in figures["contenders"].items():
+        loss = " → ".join("-" if value is None else f"{value:.2f}" for value in f["loss"])
+        row = f"  {label:<20} {1e3 * f['median_s']:6.0f} ms  {1e3 * f['median_cpu_s']:6.0f} CPU ms  "
+        row += f"{f['peak_mib']:5.0f} MiB  "
+        row += f"sends {f['sent_mib']:8.2f} MiB in {f['calls']:3} calls  loss {loss}"
+        if found := figures["ratios"].get(label):
+            low, high = found["quartiles"]
+            row += f"  ours {found['median']:.2f} × [{low:.2f}-{high:.2f}]"
+            row += f", goal {found['goal']:.1f}: {'yes' if found['median'] <= found['goal'] else 'NO'}"
+        print(row)
+    for complaint in figures["left_out"]:
+        print(f"  left out: {complaint}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="*", help="cases whose name fits this shell pattern")
+    parser.add_argument("--hidden", type=int, choices=[256, 1024], help="one size (default both)")
+    parser.add_argument("--batch", type=int, default=1, help="samples a rank, of 256 tokens (default 1)")
+    parser.add_argument("--pairs", type=int, default=9, help="rounds (default 9)")
+    parser.add_argument("--steps", type=int, default=3, help="steps a round (default 3)")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    if args.worker:
+        work(args.worker[0], *map(int, args.worker[1:]))
+        return
+    chosen = [case for case in cases() if fnmatch.fnmatch(case.name, args.only)]
+    if not chosen:
+        parser.error(f"--only {args.only!r} fits none of: {', '.join(case.name for case in cases())}")
+    report: dict[str, Any] = {}
+    for hidden in [args.hidden] if args.hidden else [256, 1024]:
+        for case in chosen:
+            figures = run(case, hidden, args.batch, args.pairs, args.steps)
+            report[f"{case.name} hidden {hidden}"] = figures
+            show(case, hidden, figures)
+            if args.out:
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
