@@ -33,6 +33,7 @@ setup(
             "tokenizers>=0.20.3",
             "transformers>=5.0",
             "deepspeed>=0.19",
+            "megatron-core>=0.16.1",
             "pytest>=8.0",
             "hypothesis>=6.100",
             "zstandard>=0.22",
