@@ -130,7 +130,7 @@ class MeshConfig(Section):
     zero_shard_size: int = Field(
         0, ge=0, description="dp processes that share one model's state, the rest replicate; 0 means all"
     )
-    bucket_mib: float = Field(8.0, gt=0, description="gradient bucket, MiB of fp32; one collective each")
+    bucket_mib: float = Field(25.0, gt=0, description="gradient bucket, MiB of fp32; one collective each")
     zero_engine: Literal["native", "deepspeed"] = Field(
         "native", description="who runs ZeRO: megalite, or DeepSpeed (pip install megalite[deepspeed])"
     )
@@ -349,61 +349,33 @@ class Config(Section):
         Raises:  ValueError
         """
         mesh, train = self.mesh, self.train
-        offload, stage = f'mesh.offload="{mesh.offload}"', f"mesh.zero_stage={mesh.zero_stage}"
-        native, ours = mesh.zero_engine == "native", 'with mesh.zero_engine="deepspeed"'
-        selective = f'train.recompute="selective" with {stage}'
-        on_disk = mesh.offload == "nvme"
-        # What is wrong, what was seen, and why or what would be right.
-        faults = [
-            (
-                native and mesh.offload != "none",
-                f'{offload} needs mesh.zero_engine="deepspeed"',
-                'or use "none"',
-            ),
-            (
-                native and mesh.nvme_path,
-                "mesh.nvme_path",
-                'needs mesh.zero_engine="deepspeed"; leave it empty',
-            ),
-            (
-                not native and mesh.zero_stage == 0,
-                f"{stage} {ours}",
-                "there is nothing to divide; use 1, 2 or 3",
-            ),
-            (
-                not native and mesh.zero_shard_size,
-                f"mesh.zero_shard_size={mesh.zero_shard_size} {ours}",
-                "it divides over all data-parallel processes; use 0, or the native engine",
-            ),
-            (
-                not native and mesh.pp > 1,
-                f"mesh.pp={mesh.pp} {ours}",
-                "its ZeRO refuses pipelines from stage 2 on; use mesh.pp=1 with a larger mesh.tp, or native",
-            ),
-            (
-                not native and train.compile,
-                f"train.compile=true {ours}",
-                "its hooks are not proven under the compiler; use false, or the native engine",
-            ),
-            (
-                not native and train.recompute == "selective" and mesh.zero_stage == 3,
-                f"{selective} {ours}",
-                'it would have to repeat the gathers of weights; use "full" or "none", or the native engine',
-            ),
-            (
-                not native and on_disk and mesh.zero_stage < 3,
-                f"{stage} with {offload}",
-                'DeepSpeed moves state to disk at stage 3 only; use mesh.zero_stage=3 or mesh.offload="cpu"',
-            ),
-            (
-                not native and on_disk != bool(mesh.nvme_path),
-                f'mesh.nvme_path="{mesh.nvme_path}" with {offload}',
-                'set the path exactly with mesh.offload="nvme"',
-            ),
-        ]
-        for is_wrong, seen, remedy in faults:
-            if is_wrong:
-                raise ValueError(f"{seen}: {remedy}")
+        stage, offload = f"mesh.zero_stage={mesh.zero_stage}", f'mesh.offload="{mesh.offload}"'
+        ours = 'with mesh.zero_engine="deepspeed"'
+        if mesh.zero_engine == "native":
+            faults = {
+                f'{offload} needs mesh.zero_engine="deepspeed"; use it, or "none"': mesh.offload != "none",
+                'mesh.nvme_path needs mesh.zero_engine="deepspeed"; leave it empty': bool(mesh.nvme_path),
+            }
+        else:
+            on_disk, is_selective = mesh.offload == "nvme", train.recompute == "selective"
+            faults = {
+                f"{stage} {ours}: there is nothing to divide; use 1, 2 or 3": mesh.zero_stage == 0,
+                f"mesh.zero_shard_size={mesh.zero_shard_size} {ours}: it divides over all data-parallel "
+                "processes; use 0, or the native engine": mesh.zero_shard_size > 0,
+                f"mesh.pp={mesh.pp} {ours}: its ZeRO refuses pipelines from stage 2 on; use mesh.pp=1 with a "
+                "larger mesh.tp, or the native engine": mesh.pp > 1,
+                f"train.compile=true {ours}: its hooks are not proven under the compiler; use false, or the "
+                "native engine": train.compile,
+                f'train.recompute="selective" with {stage} {ours}: it would have to repeat the gathers of '
+                'weights; use "full" or "none", or the native engine': is_selective and mesh.zero_stage == 3,
+                f"{stage} with {offload}: DeepSpeed moves state to disk at stage 3 only; use that, or "
+                'mesh.offload="cpu"': on_disk and mesh.zero_stage < 3,
+                f'mesh.nvme_path="{mesh.nvme_path}" with {offload}: set the path exactly with '
+                'mesh.offload="nvme"': on_disk != bool(mesh.nvme_path),
+            }
+        for fault, is_there in faults.items():
+            if is_there:
+                raise ValueError(fault)
 
     def data_parallel_size(self, processes: int) -> int:
         """How many groups of processes each hold a whole model.

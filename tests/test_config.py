@@ -121,8 +121,8 @@ MISTAKES = [
     (TOML, ["model.head_dim=15"], ["head_dim=15", "even"]),
     (TOML, ["data.seq_len=9000"], ["data.seq_len=9000", "model.max_seq_len=8192"]),
     (TOML, ["trian.steps=3"], ["unknown key trian", "did you mean train?", "command line"]),
-    (TOML, ["train.precision=fp8"], ["train.precision='fp8'", "'fp32' or 'bf16'"]),
-    (TOML, ["mesh.zero_stage=3"], ["mesh.zero_stage=3", "0 or 1"]),
+    (TOML, ["train.precision=fp8"], ["train.precision='fp8'", "'fp32', 'bf16' or 'fp16'"]),
+    (TOML, ["mesh.zero_stage=4"], ["mesh.zero_stage=4", "0, 1, 2 or 3"]),
     (TOML, ["optim.warmup_steps=11"], ["= 11", "train.steps=10"]),
     (TOML, ["optim.schedule=wsd"], ["decay_steps=0", "wsd"]),
     (TOML, ["optim.decay_steps=3"], ["decay_steps=3", "cosine"]),
@@ -217,3 +217,39 @@ def test_processes_that_make_no_whole_groups() -> None:
     ):
         config.data_parallel_size(3)
     assert [tiny(Path("x"), f"mesh.tp={tp}").kv_copies for tp in (1, 2, 4)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["mesh.pp=3"], ["mesh.pp=3 × mesh.pp_chunks=1", "model.num_layers=2", "at most 2"]),
+        (["mesh.pp_chunks=2"], ['mesh.pp_chunks=2 with mesh.pp_schedule="1f1b"', '"interleaved"']),
+        (["mesh.pp=2", "mesh.pp_schedule=interleaved"], ["mesh.pp_chunks=1", "pp_chunks > 1"]),
+        (["mesh.pp=2", "mesh.pp_layers=[2,1]"], ["mesh.pp_layers=[2, 1]", "2 numbers", "num_layers=2"]),
+        (["mesh.pp=2", "mesh.pp_layers=[3,-1]"], ["mesh.pp_layers=[3, -1]"]),
+        (["mesh.pp_schedule=zero_bubble", "train.compile=true"], ["zero_bubble", "train.compile=false"]),
+        (["mesh.pp_schedule=dualpipe"], ["mesh.pp_schedule='dualpipe'", "zero_bubble"]),
+    ],
+)
+def test_pipelines_that_cannot_be(overrides: list[str], expected: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny(Path("x"), *overrides)
+    assert all(part in str(caught.value) for part in expected), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_are_divided_among_stages() -> None:
+    deep = ["model.num_layers=5", "mesh.pp=2"]
+    assert tiny(Path("x"), *deep).stage_layers == [range(3), range(3, 5)]
+    assert tiny(Path("x"), *deep, "mesh.pp_layers=[0,5]").stage_layers == [range(0), range(5)]
+    interleaved = [*deep, "mesh.pp_schedule=interleaved", "mesh.pp_chunks=2"]
+    assert tiny(Path("x"), *interleaved).stage_layers == [range(2), range(2, 3), range(3, 4), range(4, 5)]
+
+
+def test_groups_of_shards_must_divide() -> None:
+    config = tiny(Path("x"), "mesh.zero_shard_size=2")
+    assert config.data_parallel_size(4) == 4
+    with pytest.raises(
+        ConfigError, match=r"mesh.zero_shard_size=2 .* size 3; use 0 \(all\) or one of \[1, 3\]"
+    ):
+        config.data_parallel_size(3)
