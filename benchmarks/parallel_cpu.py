@@ -3,7 +3,7 @@
     python benchmarks/parallel_cpu.py                          everything, at hidden 256 and 1024
     python benchmarks/parallel_cpu.py --only 'zero3 2*'        cases by name, a shell pattern
     python benchmarks/parallel_cpu.py --hidden 256 --pairs 3   one size, fewer rounds
-    python benchmarks/parallel_cpu.py --batch 4                more samples a rank, so more computation
+    python benchmarks/parallel_cpu.py --batch 1                fewer samples a rank, so less computation
     python benchmarks/parallel_cpu.py --out FILE               the figures as JSON
 
 Every contender of a case trains the same Llama-shaped model on the same tokens with AdamW and clipping
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--only", default="*", help="cases whose name fits this shell pattern")
     parser.add_argument("--hidden", type=int, choices=[256, 1024], help="one size (default both)")
-    parser.add_argument("--batch", type=int, default=1, help="samples a rank, of 256 tokens (default 1)")
+    parser.add_argument("--batch", type=int, default=4, help="samples a rank, of 256 tokens (default 4)")
     parser.add_argument("--pairs", type=int, default=9, help="rounds (default 9)")
     parser.add_argument("--steps", type=int, default=3, help="steps a round (default 3)")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")

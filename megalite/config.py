@@ -130,7 +130,7 @@ class MeshConfig(Section):
     zero_shard_size: int = Field(
         0, ge=0, description="dp processes that share one model's state, the rest replicate; 0 means all"
     )
-    bucket_mib: float = Field(25.0, gt=0, description="gradient bucket, MiB of fp32; one collective each")
+    bucket_mib: float = Field(8.0, gt=0, description="gradient bucket, MiB of fp32; one collective each")
     zero_engine: Literal["native", "deepspeed"] = Field(
         "native", description="who runs ZeRO: megalite, or DeepSpeed (pip install megalite[deepspeed])"
     )
