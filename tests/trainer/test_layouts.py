@@ -120,7 +120,10 @@ def _cases(layouts: list[tuple[int, str]]) -> list[ParameterSet]:
     """Every day those of two processes, the others before a change lands."""
     return [
         pytest.param(
-            world, keys, id=f"{world}-{keys}".replace(" ", ","), marks=[pytest.mark.slow] * (world > 2)
+            world,
+            keys,
+            id=f"{world}-{keys}".replace(" ", ","),
+            marks=[pytest.mark.slow] * (world > 2 or "recompute" in keys),
         )
         for world, keys in layouts
     ]
@@ -152,6 +155,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [["mesh.tp=1"], ["mesh.tp=2"], ["mesh.tp=2", "mesh.sequence_parallel=true"], ["mesh.pp=2"]],
@@ -167,6 +171,7 @@ def test_model_variants_agree_across_layouts(
     assert _relative(curve(two), one) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["mesh.zero_stage=3", "mesh.pp=3 model.num_layers=3"])
 def test_validation_samples_that_do_not_divide(root: Path, alone: Mesh, layout: str) -> None:
     common = ["train.steps=3", "train.eval_every_steps=3", "train.eval_samples=4", "train.micro_batch_size=1"]
@@ -211,6 +216,7 @@ def test_pipelines_of_uneven_tied_models(
     _compare(root, deep_reference, world, [*DEEP, *overrides.split()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "rounding", "between_layouts"), [("bf16", 2**-8, 2**-10), ("fp16", 2**-11, 2**-11)]
 )

@@ -96,6 +96,7 @@ RESHAPES: list[tuple[int, list[str], int, list[str]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "written", "after", "read"), RESHAPES, ids=str)
 def test_resume_at_another_layout(
     root: Path, alone: Mesh, before: int, written: list[str], after: int, read: list[str]
