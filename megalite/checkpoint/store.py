@@ -23,7 +23,7 @@ import re
 import shutil
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,19 @@ class Checkpoint:
                 target = buffer[(low - start) * 4 : (high - start) * 4]
                 read_exactly(file, target, offset + (low - part.start) * 4)
         return values
+
+    def check_model(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare the parameters stored with a model's.
+
+        Raises:  CheckpointError naming the first that is missing, too many or of another shape
+        """
+        found = {name: tuple(self.shape(name)) for name in self.names("weight")}
+        if found != expected:
+            name = next(n for n in {**expected, **found} if expected.get(n) != found.get(n))
+            raise CheckpointError(
+                f"{self.folder} holds {name} of shape {found.get(name)}, the config's model has "
+                f"{expected.get(name)}; continue with the config it was trained with, or another run_dir"
+            )
 
     def verify(self) -> None:
         """Read every byte once and compare it with the manifest's CRCs.

@@ -31,7 +31,7 @@ from megalite.config import Config
 from megalite.data.loader import Batch
 from megalite.engines.deepspeed_state import DeepSpeedState, Partition, open_state
 from megalite.engines.engine import DTYPES, StepSums
-from megalite.errors import CheckpointError, ConfigError
+from megalite.errors import ConfigError
 from megalite.model.init import initial_values
 from megalite.model.transformer import Transformer, dropout_keys
 from megalite.optim.loss_scale import LossScale
@@ -228,14 +228,7 @@ class DeepSpeedEngine:
 
         Raises:  CheckpointError if the checkpoint is of another model
         """
-        expected = {name: spec.shape for name, spec in self.specs.items()}
-        found = {name: tuple(checkpoint.shape(name)) for name in checkpoint.names("weight")}
-        if found != expected:
-            name = next(n for n in {**expected, **found} if expected.get(n) != found.get(n))
-            raise CheckpointError(
-                f"{checkpoint.folder} holds {name} of shape {found.get(name)}, the config's model has "
-                f"{expected.get(name)}; continue with the config it was trained with, or another run_dir"
-            )
+        checkpoint.check_model({name: spec.shape for name, spec in self.specs.items()})
         for kind in STATE_KINDS:
             self._fill(kind, partial(checkpoint.read, kind))
         self.applied_steps = int(checkpoint.meta["applied_steps"])

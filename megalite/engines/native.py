@@ -16,7 +16,6 @@ from megalite.checkpoint.store import Checkpoint
 from megalite.config import Config
 from megalite.data.loader import Batch
 from megalite.engines.engine import DTYPES, StepSums
-from megalite.errors import CheckpointError
 from megalite.model.init import initial_values
 from megalite.model.transformer import Part, Shared, Transformer, dropout_keys
 from megalite.optim.buckets import OwnedRange
@@ -119,14 +118,7 @@ class NativeEngine:
 
         Raises:  CheckpointError if the checkpoint is of another model
         """
-        expected = self.shapes
-        found = {name: tuple(checkpoint.shape(name)) for name in checkpoint.names("weight")}
-        if found != expected:
-            name = next(n for n in {**expected, **found} if expected.get(n) != found.get(n))
-            raise CheckpointError(
-                f"{checkpoint.folder} holds {name} of shape {found.get(name)}, the config's model has "
-                f"{expected.get(name)}; continue with the config it was trained with, or another run_dir"
-            )
+        checkpoint.check_model(self.shapes)
         for kind in STATE_KINDS:
 
             def values(owned: OwnedRange, kind: str = kind) -> Tensor:
