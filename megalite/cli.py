@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megalite import __version__
 from megalite.errors import ConfigError, DataError, HangError, MegaliteError
+from megalite.resilience.preempt import PreemptionFlag
 
 if TYPE_CHECKING:
     from megalite.config import Config
@@ -163,7 +164,10 @@ def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(_dry_run(config))
         return 0
-    return _run(config)
+    # Before the seconds that loading torch and meeting the other ranks take: a signal meant to make the
+    # run save and leave must find someone who listens, or this rank dies of it and the others hang.
+    with PreemptionFlag() as flag:
+        return _run(config, flag)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -180,7 +184,7 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(config: Config) -> int:
+def _run(config: Config, flag: PreemptionFlag) -> int:
     import torch.distributed as dist
 
     from megalite.parallel.mesh import MeshShape, build_mesh, close_mesh, world_size
@@ -199,7 +203,7 @@ def _run(config: Config) -> int:
             "is every host up, and that port free and reachable?"
         ) from error
     try:
-        Trainer(config, mesh).fit()
+        Trainer(config, mesh).fit(flag)
     except dist.DistError as error:
         raise HangError(
             f"a peer is gone or silent for {timeout_s:.0f} s "

@@ -85,8 +85,8 @@ class Trainer:
 
     # --- the loop -------------------------------------------------------------------------------
 
-    def fit(self) -> None:
-        """Train until `train.steps`, saving and validating on the way.
+    def fit(self, flag: PreemptionFlag) -> None:
+        """Train until `train.steps`, saving and validating on the way, or until any rank's flag is up.
 
         Raises:  PreemptedError after a save when asked to stop; DivergedError
         """
@@ -95,7 +95,6 @@ class Trainer:
         self._productive_s = 0.0
         with (
             self.log,
-            PreemptionFlag() as flag,
             self.loader.steps(
                 self.position,
                 global_batch_size=train.global_batch_size,

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megalite.cli import main
 from megalite.config_file import to_toml
+from megalite.trainer import Trainer
 from tests.ranks import join_ranks, spawn_ranks
 from tests.trainer.runs import metrics, tiny, write_dataset
 
@@ -33,6 +35,24 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run(*command: str, cwd: Path, timeout: float = 90) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+
+
+def _train_signalled_at_start(config: str, run_dir: str) -> None:
+    """The command, told to stop while its trainer is being built."""
+    build = Trainer.__init__
+
+    def signalled(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        build(*args)
+
+    Trainer.__init__ = signalled  # type: ignore[assignment, method-assign]
+    sys.exit(main(["train", config, f"run_dir={run_dir}"]))
+
+
+def test_a_signal_during_the_start_saves_the_first_step(config: Path, tmp_path: Path) -> None:
+    processes = spawn_ranks(_train_signalled_at_start, 2, str(config), str(tmp_path / "run"))
+    assert join_ranks(processes, timeout_s=60) == [75, 75]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000001"]
 
 
 def test_train_from_another_directory(config: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from megalite.errors import CheckpointError, ConfigError, PreemptedError
 from megalite.model.init import initial_values
 from megalite.model.transformer import Transformer
 from megalite.parallel.mesh import Mesh
+from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 from tests.ranks import SOLO, run_ranks
 from tests.trainer.runs import curve, lay_out, metrics, tiny, train
@@ -205,7 +206,7 @@ def _train_poisoned(mesh: Mesh, config: Config, rank: int, name: str) -> tuple[i
 
     trainer.engine.forward_backward = poisoned  # type: ignore[method-assign]
     trainer.train_step = watched  # type: ignore[method-assign]
-    trainer.fit()
+    trainer.fit(PreemptionFlag())
     return trainer.engine.applied_steps, curve(metrics(Path(config.run_dir)))
 
 
@@ -249,7 +250,7 @@ def _stop_after(mesh: Mesh, config: Config, steps: int) -> None:
 
     trainer.train_step = stopping  # type: ignore[method-assign]
     with pytest.raises(PreemptedError):
-        trainer.fit()
+        trainer.fit(PreemptionFlag())
 
 
 CHAINS: list[list[tuple[int, list[str]]]] = [

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -126,9 +127,9 @@ exit "$worst" """,
         text=True,
     )
     while process.poll() is None and not (tmp_path / "run/metrics.jsonl").exists():
-        pass
+        time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)  # to the batch shell alone, as --signal=B: does
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=150)[1]
     assert process.returncode == 75, said
     assert (tmp_path / "asked").read_text() == f"requeue {job['SLURM_JOB_ID']}\n"
     assert len(list((tmp_path / "run/checkpoints").glob("step_*"))) == 1

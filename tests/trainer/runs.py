@@ -14,6 +14,7 @@ from megalite.config_file import build_config
 from megalite.data.tokenizer import ByteTokenizer
 from megalite.data.writer import ShardWriter
 from megalite.parallel.mesh import Mesh, MeshShape, build_mesh
+from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 
 VOCAB = 257
@@ -72,7 +73,7 @@ def lay_out(mesh: Mesh, config: Config) -> Mesh:
 
 def train(mesh: Mesh, config: Config) -> list[dict[str, Any]]:
     """Run a config on this rank; its metrics so far."""
-    Trainer(config, lay_out(mesh, config)).fit()
+    Trainer(config, lay_out(mesh, config)).fit(PreemptionFlag())
     return metrics(Path(config.run_dir))
 
 

@@ -16,6 +16,7 @@ from megalite.engines.native import NativeEngine
 from megalite.model.flops import count_parameters
 from megalite.optim.buckets import ROOT
 from megalite.parallel.mesh import Axis, Mesh
+from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.trainer.runs import curve, lay_out, tiny, train
@@ -291,7 +292,7 @@ def _gathered(mesh: Mesh, config: Config) -> tuple[int, list[int]]:
         parameter.register_post_accumulate_grad_hook(lambda _: seen.append(weights.gathered_bytes))  # type: ignore[no-untyped-call]
     for block in engine.model.blocks.values():
         block.register_forward_hook(lambda *_: seen.append(weights.gathered_bytes))
-    trainer.fit()
+    trainer.fit(PreemptionFlag())
     assert weights.gathered_bytes == 0
     sizes: dict[str, int] = {}
     for bucket in engine.optimizer.layout.buckets:

@@ -20,6 +20,7 @@ from megalite.data.tokenizer import ByteTokenizer
 from megalite.data.writer import ShardWriter
 from megalite.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError
 from megalite.parallel.mesh import Mesh, build_mesh, close_mesh
+from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 from tests.ranks import join_ranks, run_ranks, spawn_ranks
 from tests.trainer.runs import curve, lay_out, metrics, tiny, train, write_dataset
@@ -64,7 +65,7 @@ def test_resume_is_bit_identical(root: Path, alone: Mesh, precision: str) -> Non
     ]
     whole = curve(train(alone, tiny(root, *common, f"run_dir={root}/whole")))
     trainer = Trainer(tiny(root, *common), alone)
-    trainer.fit()
+    trainer.fit(PreemptionFlag())
     for step in (12, 10):  # as after a kill: the last two saves never happened
         folder = root / "run/checkpoints" / f"step_{step:08d}"
         for file in folder.iterdir():
@@ -123,7 +124,7 @@ def _stop_after(mesh: Mesh, config: Config, steps: int) -> None:
 
     trainer.train_step = stopping  # type: ignore[method-assign]
     with pytest.raises(PreemptedError):
-        trainer.fit()
+        trainer.fit(PreemptionFlag())
 
 
 def _poison(trainer: Trainer, steps: set[int], rank: int, name: str = "embedding") -> None:
@@ -164,7 +165,7 @@ def _train_poisoned(mesh: Mesh, config: Config, steps: list[int], rank: int, nam
         return report
 
     trainer.train_step = watching  # type: ignore[method-assign]
-    trainer.fit()
+    trainer.fit(PreemptionFlag())
     return {"applied": trainer.engine.applied_steps, "losses": curve(metrics(Path(config.run_dir)))}
 
 
@@ -235,7 +236,7 @@ def test_too_many_skipped_steps_end_the_run(root: Path, alone: Mesh) -> None:
     trainer = Trainer(tiny(root, "resilience.max_skipped_steps=2"), alone)
     _poison(trainer, set(range(2, 20)), rank=0)
     with pytest.raises(DivergedError, match="3 steps in a row"):
-        trainer.fit()
+        trainer.fit(PreemptionFlag())
     assert DivergedError.exit_code == 77
 
 
@@ -250,7 +251,8 @@ def test_clipping_scales_the_update_and_reports_the_norm_before(root: Path, alon
 def _train_until_killed(config: Config) -> None:
     mesh = build_mesh(20)
     try:
-        Trainer(config, mesh).fit()
+        with PreemptionFlag() as flag:
+            Trainer(config, mesh).fit(flag)
     except PreemptedError as error:
         raise SystemExit(error.exit_code) from None
     close_mesh(mesh)
@@ -459,5 +461,5 @@ def test_disk_full_while_saving_keeps_the_older_checkpoint(
     monkeypatch.setattr(trainer, "save", save_on_a_full_disk)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     with pytest.raises(CheckpointError):
-        trainer.fit()
+        trainer.fit(PreemptionFlag())
     assert [p.name for p in (root / "run/checkpoints").iterdir()] == ["step_00000004"]
