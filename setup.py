@@ -17,7 +17,11 @@ setup(
         *find_packages("kernels", include=["megalite_kernels", "megalite_kernels.*"]),
     ],
     package_dir={"megalite_kernels": "kernels/megalite_kernels"},
-    package_data={"megalite": ["py.typed"], "megalite_kernels": ["py.typed"], "data_tools": ["py.typed"]},
+    package_data={
+        "megalite": ["py.typed"],
+        "megalite_kernels": ["py.typed", "tiles/*/*.json"],
+        "data_tools": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.11",
         "numpy>=2.0",
@@ -34,6 +38,7 @@ setup(
             "transformers>=5.0",
             "deepspeed>=0.19",
             "megatron-core>=0.16.1",
+            "triton>=3.6.0; platform_system == 'Linux'",
             "pytest>=8.0",
             "hypothesis>=6.100",
             "zstandard>=0.22",

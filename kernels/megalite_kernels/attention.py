@@ -49,7 +49,7 @@ def attention(
         raise ValueError(f"{q.shape[1]} queries but only {k.shape[1]} keys")
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if resolve(impl) == "reference":
+    if resolve(impl, "attention", q) == "reference":
         return attention_reference(q, k, v, doc_starts=doc_starts, window=window, scale=scale)
     if q.device.type == "cpu" and q.shape[1] == k.shape[1] and q.shape[1] > 1:
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))

@@ -1,31 +1,59 @@
-"""Which implementation of an operation runs: the caller's word, the environment's, or our choice."""
+"""Which implementation of an operation runs: the caller's word, the environment's, or what we measured."""
 
 from __future__ import annotations
 
 import os
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal
 
-Impl = Literal["auto", "torch", "reference"]
-IMPLS: tuple[Impl, ...] = ("auto", "torch", "reference")
+from torch import Tensor
+
+from megalite_kernels.tiles import architecture, choice
+
+Impl = Literal["auto", "triton", "torch", "reference"]
+Resolved = Literal["triton", "torch", "reference"]
+IMPLS: tuple[Impl, ...] = ("auto", "triton", "torch", "reference")
+VARIABLE = "MEGALITE_KERNELS"
 
 
-def resolve(impl: Impl) -> Literal["torch", "reference"]:
-    """The implementation to run for a requested `impl`.
+def resolve(impl: Impl, operation: str, x: Tensor, variant: str = "") -> Resolved:
+    """The implementation of `operation` to run on tensors like `x` for a requested `impl`.
 
     "reference" is the plain formula that tests compare against; "torch" is the fastest torch code;
-    "auto" is MEGALITE_KERNELS where it is set, else "torch".
+    "triton" our kernel; "auto" is what MEGALITE_KERNELS says where it is set, else on CUDA what our table
+    of measurements says is faster for this `variant`, else "torch".
 
-    Raises:  ValueError for any other word, naming where it came from
+    Raises:  ValueError for any other word, naming where it came from, and for "triton" where no kernel
+             can run
     """
     asked: str = impl
     origin = "impl"
     if asked == "auto":
-        asked = os.environ.get("MEGALITE_KERNELS", "auto")
-        origin = "MEGALITE_KERNELS"
+        asked = os.environ.get(VARIABLE, "auto")
+        origin = VARIABLE
     if asked == "auto":
-        asked = "torch"
+        if not x.is_cuda or not has_triton():
+            return "torch"
+        return choice(operation, variant, architecture(x.device))
     if asked == "torch":
         return "torch"
     if asked == "reference":
         return "reference"
+    if asked == "triton":
+        if not has_triton() or not (x.is_cuda or is_interpreted()):
+            missing = f"tensors on {x.device}" if has_triton() else "no triton installed"
+            raise ValueError(f"{origin}='triton' with {missing}: kernels run on CUDA; use torch")
+        return "triton"
     raise ValueError(f"{origin}={asked!r} is no kernel implementation; use one of {', '.join(IMPLS)}")
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels as numpy programs, for tests on CPU (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

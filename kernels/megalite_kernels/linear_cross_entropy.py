@@ -55,7 +55,7 @@ def linear_cross_entropy(
     Raises:  IndexError or RuntimeError from torch if a target is neither -100 nor in the vocabulary
     Source:  z-loss from Chowdhery et al. 2022 (PaLM), section 5
     """
-    if resolve(impl) == "reference" and vocab_shard is None:
+    if resolve(impl, "linear_cross_entropy", x) == "reference" and vocab_shard is None:
         return linear_cross_entropy_reference(x, weight, targets, z_loss=z_loss)
     loss, z = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         x, weight, targets, z_loss, chunk_tokens, vocab_shard

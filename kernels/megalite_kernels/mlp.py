@@ -20,7 +20,7 @@ def swiglu(gate_up: Tensor, *, impl: Impl = "auto") -> Tensor:
     Shapes:  gate_up [..., 2 · ffn]; returns [..., ffn]
     Source:  Shazeer 2020, eq. 5
     """
-    if resolve(impl) == "reference":
+    if resolve(impl, "swiglu", gate_up) == "reference":
         return swiglu_reference(gate_up)
     y: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
     return y

@@ -19,8 +19,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: Impl = "auto") -> T
     Shapes:  x [..., dim]; weight [dim]; returns x's shape and dtype
     Source:  Zhang and Sennrich 2019, eq. 4
     """
-    if resolve(impl) == "reference":
+    chosen = resolve(impl, "norm", x)
+    if chosen == "reference":
         return rms_norm_reference(x, weight, eps)
+    if chosen == "triton":
+        from megalite_kernels.gpu.norm import rms_norm as kernel
+
+        result: Tensor = kernel(x, weight, eps)[0]
+        return result
     y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
 
@@ -63,7 +69,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, impl: Imp
     Shapes:  x [..., dim]; weight, bias [dim]; returns x's shape and dtype
     Source:  Ba et al. 2016, eq. 4
     """
-    if resolve(impl) == "reference":
+    if resolve(impl, "norm", x) == "reference":
         return layer_norm_reference(x, weight, bias, eps)
     y: Tensor = _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
     return y

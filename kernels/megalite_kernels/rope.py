@@ -19,7 +19,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, impl: Impl = "auto") -> Tensor:
              fp32; returns x's shape and dtype, stored heads before seq as attention reads
     Source:  Su et al. 2021, eq. 34 (pairing of halves as in GPT-NeoX and Llama)
     """
-    if resolve(impl) == "reference":
+    if resolve(impl, "rope", x) == "reference":
         return rope_reference(x, cos, sin)
     y: Tensor = _Rope.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return y

@@ -164,13 +164,13 @@ def test_only_what_is_documented_is_saved(operation: Any) -> None:
 
 def test_implementations_are_chosen_by_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEGALITE_KERNELS", raising=False)
-    assert resolve("auto") == "torch"
-    assert resolve("reference") == "reference"
+    assert resolve("auto", "norm", torch.empty(1)) == "torch"
+    assert resolve("reference", "norm", torch.empty(1)) == "reference"
     monkeypatch.setenv("MEGALITE_KERNELS", "reference")
-    assert resolve("auto") == "reference"
-    assert resolve("torch") == "torch"
+    assert resolve("auto", "norm", torch.empty(1)) == "reference"
+    assert resolve("torch", "norm", torch.empty(1)) == "torch"
     monkeypatch.setenv("MEGALITE_KERNELS", "cuda")
     with pytest.raises(ValueError, match="MEGALITE_KERNELS='cuda' is no kernel implementation"):
-        resolve("auto")
+        resolve("auto", "norm", torch.empty(1))
     with pytest.raises(ValueError, match="impl='fast'"):
-        resolve("fast")  # type: ignore[arg-type]
+        resolve("fast", "norm", torch.empty(1))  # type: ignore[arg-type]
