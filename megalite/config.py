@@ -222,7 +222,31 @@ class CheckpointConfig(Section):
 class ResilienceConfig(Section):
     """What a run survives by itself."""
 
-    max_skipped_steps: int = Field(10, ge=0, description="non-finite steps skipped in a row before exit 77")
+    spike_threshold: float = Field(
+        25.0, ge=0, description="deviations (MAD) above the median at which a step is refused; 0 never"
+    )
+    slow_divergence: float = Field(
+        0.1, ge=0, description="relative rise of the loss over its best that ends in a rollback; 0 never"
+    )
+    rerun_steps: bool = Field(
+        True, description="compute a refused step again, to tell a fault of the hardware from one of the data"
+    )
+    rewind_steps: int | None = Field(
+        None, ge=0, description="steps before a spike to go back at least; 100, less in short runs"
+    )
+    skip_steps: int | None = Field(
+        None, gt=0, description="batches around a spike left out; 200, less in short runs"
+    )
+    calm_lr_factor: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="times the learning rate from a rollback until calm_steps after the spike",
+    )
+    calm_steps: int = Field(0, ge=0, description="steps after a spike with calm_lr_factor")
+    max_rollbacks: int = Field(20, ge=0, description="in a run before exit 77; 0 never goes back")
+    max_rollbacks_per_1000: int = Field(3, ge=1, description="rollbacks within 1000 steps before exit 77")
+    max_skipped_steps: int = Field(10, ge=0, description="steps refused in a row before exit 77")
     comm_timeout_s: float = Field(
         600.0, gt=0, description="a collective slower than this ends the run (exit 76)"
     )

@@ -1,0 +1,123 @@
+"""What is done about refused steps: counted, confirmed, capped; and whom a second run blames."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megalite.resilience.ladder import Ladder, Rollback, Spike, abandoned_from
+from megalite.resilience.rerun import Blame, blame
+from tests.trainer.runs import tiny
+
+ASKED = ("resilience.rewind_steps=100", "resilience.skip_steps=40", "train.steps=100000")
+
+
+def ladder(tmp_path: Path, *overrides: str) -> Ladder:
+    return Ladder(tiny(tmp_path, *(overrides or ASKED)))
+
+
+def rollback(onset: int, to_step: int = 0) -> Rollback:
+    return Rollback(onset, onset + 1, "wild", to_step, (onset, onset + 10))
+
+
+@pytest.mark.parametrize(
+    ("refused", "confirmed"),
+    [
+        ([50], None),
+        ([50, 51], Spike(50, 51, "wild")),
+        ([50, 52], Spike(50, 52, "wild")),
+        ([50, 53], None),
+        ([50, 53, 55], Spike(53, 55, "wild")),
+    ],
+)
+def test_two_refused_steps_of_three_are_a_spike(
+    tmp_path: Path, refused: list[int], confirmed: Spike | None
+) -> None:
+    found = ladder(tmp_path)
+    assert [found.refused(step, "wild") for step in refused][-1] == confirmed
+
+
+def test_how_far_back_and_which_batches(tmp_path: Path) -> None:
+    found, spike = ladder(tmp_path), Spike(1000, 1001, "wild")
+    assert found.latest_target(spike) == 899
+    # Steps done: 979 before the window, 1019 after it, the 1000th and the 1001st inside.
+    assert found.window(spike, 800) == (979, 1019)
+    assert found.window(spike, 990) == (990, 1030)
+    assert found.window(Spike(1000, 1200, "slow"), 800) == (979, 1200)
+
+
+def test_a_spike_near_the_last_one_goes_back_twice_as_far(tmp_path: Path) -> None:
+    found = ladder(tmp_path)
+    found.went_back(rollback(1000))
+    assert found.latest_target(Spike(1100, 1101, "wild")) == 1099 - 200
+    found.went_back(rollback(1100))
+    assert found.latest_target(Spike(1150, 1151, "wild")) == 1149 - 400
+    assert found.latest_target(Spike(5000, 5001, "wild")) == 4899
+    assert found.latest_target(Spike(150, 151, "wild")) == 49
+
+
+@pytest.mark.parametrize(
+    ("steps", "rewind", "skip"), [(100_000, 100, 200), (1000, 20, 20), (400, 8, 8), (20, 8, 8)]
+)
+def test_short_runs_have_smaller_defaults(tmp_path: Path, steps: int, rewind: int, skip: int) -> None:
+    found = ladder(tmp_path, f"train.steps={steps}")
+    assert (found.rewind_steps, found.skip_steps) == (rewind, skip)
+
+
+def test_too_many_rollbacks_are_not_allowed(tmp_path: Path) -> None:
+    found = ladder(tmp_path, *ASKED, "resilience.max_rollbacks=5", "resilience.max_rollbacks_per_1000=2")
+    for onset in (1000, 1500):
+        assert found.exhausted(Spike(onset, onset + 1, "wild")) is None
+        found.went_back(rollback(onset))
+    assert "2 rollbacks within 1000 steps" in str(found.exhausted(Spike(1900, 1901, "wild")))
+    for onset in (3000, 4500, 6000):
+        assert found.exhausted(Spike(onset, onset + 1, "wild")) is None
+        found.went_back(rollback(onset))
+    assert "5 rollbacks so far" in str(found.exhausted(Spike(9000, 9001, "wild")))
+
+
+def test_the_learning_rate_is_lower_for_a_while(tmp_path: Path) -> None:
+    found = ladder(tmp_path, *ASKED, "resilience.calm_lr_factor=0.5", "resilience.calm_steps=50")
+    found.went_back(rollback(1000, to_step=800))
+    factors = [found.lr_factor(step) for step in (799, 800, 1000, 1050, 1051)]
+    assert factors == [1.0, 0.5, 0.5, 0.5, 1.0]
+
+
+def test_the_state_goes_through_a_checkpoint_and_the_ledger_adds_to_it(tmp_path: Path) -> None:
+    first, second = ladder(tmp_path), ladder(tmp_path)
+    first.went_back(rollback(1000, 800))
+    first.refused(1200, "wild")
+    later = rollback(2000, 1800)
+    second.load(first.state(), [rollback(1000, 800), later])
+    assert second.rollbacks == [rollback(1000, 800), later]
+    assert second.refused(1201, "wild") == Spike(1200, 1201, "wild")
+
+
+def test_checkpoints_of_a_future_that_was_left_are_known_by_the_ledger() -> None:
+    a, b = rollback(1000, 800), rollback(2000, 1800)
+    assert abandoned_from([a, b], [a, b]) is None
+    assert abandoned_from([a, b], [a]) == 1800
+    assert abandoned_from([a, b], []) == 800
+
+
+CALM = [(1.0, 2.0), (1.5, 2.5)]
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        ((CALM, CALM), Blame("data")),
+        (([(math.nan, math.nan)], [(math.nan, math.nan)]), Blame("data")),
+        (([(1.0, 2.0), (9.0, 2.5)], CALM, CALM), Blame("transient", (1,))),
+        (([(1.0, 7.0), (1.5, 8.5)], CALM, CALM), Blame("transient", (0, 1))),
+        (([(math.nan, 2.0), (1.5, 2.5)], CALM, CALM), Blame("transient", (0,))),
+        (([(1.0, 2.0), (9.0, 2.5)], [(1.0, 2.0), (7.0, 2.5)], [(1.0, 2.0), (5.0, 2.5)]), Blame("persistent", (1,))),
+        (([(1.0, 2.0), (9.0, 2.5)], CALM, [(4.0, 2.0), (1.5, 2.5)]), Blame("persistent", (0,))),
+    ],
+)  # fmt: skip
+def test_a_second_run_tells_data_from_hardware(
+    runs: tuple[list[tuple[float, float]], ...], expected: Blame
+) -> None:
+    assert blame(*runs) == expected
