@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from megalite.config import ModelConfig
 from megalite.parallel.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
+from megalite.parallel.mlp import parallel_mlp
 from megalite.parallel.sharding import split
-from megalite_kernels import gelu, swiglu
 
 
 class MLP(nn.Module):
@@ -15,7 +15,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
-        self.activation = config.activation
+        self.activation, self.tp = config.activation, tp
         parts = 2 if config.activation == "swiglu" else 1
         width = parts * config.ffn_size
         bias = split((width,), tp.axis, parts) if config.mlp_bias else None
@@ -24,10 +24,5 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x, returned [tokens, hidden]."""
-        inner = self.up(x)
-        if self.activation == "swiglu":
-            inner = swiglu(inner)
-        else:
-            inner = gelu(inner, tanh=self.activation == "gelu_tanh")
-        y: Tensor = self.down(inner)
-        return y
+        y = parallel_mlp(x, self.up.weight, self.down.weight, self.up.bias, self.activation, self.tp)
+        return y if self.down.bias is None else y + self.down.bias

@@ -21,7 +21,15 @@ from megalite.model.mlp import MLP
 from megalite.parallel.layers import TensorParallel, enter_tp, vocab_parallel_embedding, vocab_shard
 from megalite.parallel.mesh import ALONE, Axis
 from megalite.parallel.sharding import ShardedModule, across_stages, split
-from megalite_kernels import dropout, embedding, layer_norm, linear_cross_entropy, rms_norm
+from megalite_kernels import (
+    add_layer_norm,
+    add_rms_norm,
+    dropout,
+    embedding,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+)
 from megalite_kernels.counter import derive_key, fold
 
 Recompute = Literal["none", "selective", "full"]
@@ -59,15 +67,26 @@ class Norm(ShardedModule):
         self.weight = self.declare("weight", spec)
         self.bias = self.declare("bias", spec) if config.norm == "layernorm" else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; x [..., hidden]."""
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add a branch to the stream x, if there is one, and normalise; all [..., hidden].
+
+        Returns the normalised, and the stream that it is of.
+        """
         if self.bias is None:
-            return rms_norm(x, self.weight, self.eps)
-        return layer_norm(x, self.weight, self.bias, self.eps)
+            if branch is None:
+                return rms_norm(x, self.weight, self.eps), x
+            return add_rms_norm(x, branch, self.weight, self.eps)
+        if branch is None:
+            return layer_norm(x, self.weight, self.bias, self.eps), x
+        return add_layer_norm(x, branch, self.weight, self.bias, self.eps)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Pre-norm attention and MLP, each added to the residual stream.
+
+    An addition is one operation with the norm that follows it, which for the MLP's branch is the next
+    block's: so a block is given, and gives, a stream and a branch that is yet to be added to it.
+    """
 
     def __init__(self, config: ModelConfig, index: int, tp: TensorParallel) -> None:
         super().__init__()
@@ -80,17 +99,19 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        branch: Tensor | None,
         batch: int,
         turn: tuple[Tensor, Tensor] | None,
         doc_starts: Tensor | None = None,
         noise: DropoutRows | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
-        """x, returned [tokens, hidden], or a rank's share of the tokens; turn from `rotation`."""
-        y = self.attention(self.attention_norm(x), batch, turn, doc_starts, cache)
-        x = x + self._drop(y, noise, 0)
-        y = self.mlp(self.mlp_norm(x))
-        return x + self._drop(y, noise, 1)
+    ) -> tuple[Tensor, Tensor]:
+        """x and branch, returned both, [tokens, hidden] or a rank's share of the tokens; turn from
+        `rotation`."""
+        y, x = self.attention_norm(x, branch)
+        y = self.attention(y, batch, turn, doc_starts, cache)
+        y, x = self.mlp_norm(x, self._drop(y, noise, 0))
+        return x, self._drop(self.mlp(y), noise, 1)
 
     def _drop(self, y: Tensor, noise: DropoutRows | None, branch: int) -> Tensor:
         if noise is None:
@@ -242,9 +263,14 @@ class Transformer(ShardedModule):
         self, x: Tensor, layers: Sequence[int], shared: Shared, cache: list[KVCache] | None = None
     ) -> Tensor:
         """The stream after these layers, which the part must hold."""
+        branch = None
         for index in layers:
-            x = self._run(self.blocks[str(index)], (x, *shared, cache[index] if cache else None))
-        return x
+            if branch is not None and self.recompute == "full":  # then a block's input is what is kept
+                x, branch = x + branch, None
+            x, branch = self._run(
+                self.blocks[str(index)], (x, branch, *shared, cache[index] if cache else None)
+            )
+        return x if branch is None else x + branch
 
     def stream_loss(self, x: Tensor, labels: Tensor, z_loss: float, chunk_tokens: int) -> Losses:
         """Summed next-token losses of the stream after the last block; labels as `loss` takes them."""
@@ -259,7 +285,7 @@ class Transformer(ShardedModule):
         return Losses(total, z, (labels != -100).sum())
 
     def _finish(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
+        y, _ = self.norm(x)
         whole: Tensor = enter_tp(y, self.tp) if self.tp.axis.size > 1 else y
         return whole
 
@@ -267,9 +293,9 @@ class Transformer(ShardedModule):
         """Scores of every token; hidden [..., hidden], returns [..., vocab]."""
         return nn.functional.linear(hidden, self.output_weight)
 
-    def _run(self, block: nn.Module, args: tuple[Any, ...]) -> Tensor:
+    def _run(self, block: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         if self.recompute == "none" or not torch.is_grad_enabled():
-            y: Tensor = block(*args)
+            y: tuple[Tensor, Tensor] = block(*args)
         elif self.recompute == "full":
             y = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -163,12 +163,13 @@ class _UnitHooks:
             weights._start(self.after)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def after_forward(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def after_forward(self, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
         weights = self.weights
         if weights._in_backward:  # computed again: its backward follows at once
             return
-        if output.requires_grad:
-            output.register_hook(self.before_backward)  # type: ignore[no-untyped-call]
+        branch = output[1]  # its gradient is the first that a block's backward asks for
+        if branch.requires_grad:
+            branch.register_hook(self.before_backward)  # type: ignore[no-untyped-call]
             if self.after is None:  # the last block's backward comes next
                 return
         weights._release_unit(self.unit)

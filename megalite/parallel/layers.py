@@ -119,7 +119,7 @@ def vocab_shard(first_id: int, tp: TensorParallel) -> VocabShard | None:
         return None
 
     def gather(stats: Tensor) -> Tensor:
-        return _gather(stats[None], tp.axis)
+        return gather_tokens(stats[None], tp.axis)
 
     return VocabShard(first_id, gather)
 
@@ -172,13 +172,15 @@ def reduce_from_tp(x: Tensor, tp: TensorParallel) -> Tensor:
     return y
 
 
-def _gather(x: Tensor, axis: Axis) -> Tensor:
+def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """Every rank's rows one after the other; x [rows, ...], returns [rows · ranks, ...]."""
     whole = x.new_empty(x.shape[0] * axis.size, *x.shape[1:])
     start_all_gather(whole, x.contiguous(), axis).wait()
     return whole
 
 
-def _scatter_sum(x: Tensor, axis: Axis) -> Tensor:
+def scatter_sum_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's share of the rows, summed over ranks; x [rows, ...], returns [rows / ranks, ...]."""
     part = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
     start_reduce_scatter(part, x.contiguous(), axis).wait()
     return part
@@ -188,12 +190,12 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp
-        return _gather(x, tp.axis) if tp.divides_tokens else x.view_as(x)
+        return gather_tokens(x, tp.axis) if tp.divides_tokens else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         if ctx.tp.divides_tokens:
-            return _scatter_sum(grads[0], ctx.tp.axis), None
+            return scatter_sum_tokens(grads[0], ctx.tp.axis), None
         # A copy, since whoever else holds this gradient must not see the sum.
         return all_reduce(grads[0].clone(memory_format=torch.contiguous_format), ctx.tp.axis), None
 
@@ -203,12 +205,12 @@ class _Reduce(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp
         if tp.divides_tokens:
-            return _scatter_sum(x, tp.axis)
+            return scatter_sum_tokens(x, tp.axis)
         return all_reduce(x.clone(memory_format=torch.contiguous_format), tp.axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather(grads[0], ctx.tp.axis) if ctx.tp.divides_tokens else grads[0], None
+        return gather_tokens(grads[0], ctx.tp.axis) if ctx.tp.divides_tokens else grads[0], None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -235,7 +237,7 @@ class _ColumnParallel(torch.autograd.Function):
         ctx.tp, ctx.has_bias, ctx.gradients = tp, bias is not None, gradients
         ctx.weight = weight if gradients is not None else None
         ctx.save_for_backward(x, leaf)
-        return F.linear(_gather(x, tp.axis) if tp.divides_tokens else x, leaf, bias)
+        return F.linear(gather_tokens(x, tp.axis) if tp.divides_tokens else x, leaf, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -258,7 +260,7 @@ class _ColumnParallel(torch.autograd.Function):
         dw = None
         if is_deferred:
             divided = ctx.tp.divides_tokens
-            ctx.gradients.defer(ctx.weight, lambda: dy.t() @ (_gather(x, axis) if divided else x))
+            ctx.gradients.defer(ctx.weight, lambda: dy.t() @ (gather_tokens(x, axis) if divided else x))
         else:
             dw = dy.t() @ x
         db = dy.sum(0) if ctx.has_bias else None

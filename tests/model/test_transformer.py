@@ -108,7 +108,7 @@ def test_recompute_trades_memory_for_work(name: str) -> None:
             _loss(model).backward()
         products[recompute], attentions[recompute] = counter.products, counter.attentions
     assert held["full"] < 0.5 * held["selective"]
-    assert held["selective"] < 0.9 * held["none"], held
+    assert held["selective"] < 0.97 * held["none"], held
     assert products["none"] == products["selective"] < products["full"]
     assert attentions == {"none": 3, "selective": 3, "full": 6}
 
@@ -137,9 +137,12 @@ def test_a_compiled_block_is_the_block(name: str) -> None:
     for run in (block, compiled):
         block.zero_grad()
         x = torch.randn(140, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
-        y = run(x, 2, turn, doc_starts, noise)
-        y.square().sum().backward()
-        results.append([y.detach(), x.grad, *(p.grad for p in block.parameters())])
+        branch = torch.randn(140, 32, generator=torch.Generator().manual_seed(4)).requires_grad_()
+        stream, y = run(x, branch, 2, turn, doc_starts, noise)
+        (stream + y).square().sum().backward()
+        results.append(
+            [stream.detach(), y.detach(), x.grad, branch.grad, *(p.grad for p in block.parameters())]
+        )
     for found, expected in zip(results[1], results[0], strict=True):
         assert found is not None
         assert expected is not None
