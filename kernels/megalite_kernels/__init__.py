@@ -12,7 +12,7 @@ from megalite_kernels.embedding import embedding
 from megalite_kernels.linear_cross_entropy import VocabShard, linear_cross_entropy
 from megalite_kernels.mlp import activation_backward, gelu, linear_activation, mlp, swiglu
 from megalite_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from megalite_kernels.rope import rope
+from megalite_kernels.rope import rope, rope_qkv
 
 __all__ = [
     "VocabShard",
@@ -30,5 +30,6 @@ __all__ = [
     "mlp",
     "rms_norm",
     "rope",
+    "rope_qkv",
     "swiglu",
 ]
