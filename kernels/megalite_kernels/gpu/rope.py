@@ -33,7 +33,8 @@ def _turn(
 
 @triton.jit
 def _part(
-    packed, part, head, place, mask, cos, sin, batch, position, part_batch, part_token, part_head, half, IS_TURNED: tl.constexpr, IS_BACKWARD: tl.constexpr,
+    packed, part, head, place, mask, cos, sin, batch, position, part_batch, part_token, part_head, half,
+    IS_TURNED: tl.constexpr, IS_BACKWARD: tl.constexpr,
 ):  # fmt: skip
     # Head `head` of q, k or v: between its place in the packed projection and in a tensor of its own.
     own = part + (batch * part_batch + position * part_token + head * part_head)[:, None] + place
