@@ -11,7 +11,7 @@ from torch import Tensor
 from megalite.config import ModelConfig
 from megalite.parallel.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel, qkv_spec
 from megalite.parallel.sharding import ShardedModule, whole
-from megalite_kernels import attention, rms_norm, rope
+from megalite_kernels import attention, rms_norm, rope, rope_qkv
 
 
 @dataclass
@@ -65,11 +65,14 @@ class Attention(ShardedModule):
         """x, returned [tokens, hidden], tokens = batch · seq; the rest as `Transformer.forward` has it."""
         qkv: Tensor = self.qkv(x)
         qkv = qkv.view(batch, qkv.shape[0] // batch, -1, self.head_dim)
-        q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
-        if rotation is not None:
-            q, k = rope(q, *rotation), rope(k, *rotation)
+        if rotation is not None and self.q_norm is None:
+            q, k, v = rope_qkv(qkv, *rotation, self.heads, self.kv_heads)
+        else:
+            q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=2)
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
+            if rotation is not None:
+                q, k = rope(q, *rotation), rope(k, *rotation)
         if cache is not None:
             k, v = cache.append(k, v)
         y: Tensor = self.out(
