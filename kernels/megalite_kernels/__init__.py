@@ -7,9 +7,10 @@ torch alone and knows nothing of the trainer.
 
 from megalite_kernels.adamw import adamw_
 from megalite_kernels.attention import attention
+from megalite_kernels.cross_entropy import VocabShard, cross_entropy_
 from megalite_kernels.dropout import dropout
 from megalite_kernels.embedding import embedding
-from megalite_kernels.linear_cross_entropy import VocabShard, linear_cross_entropy
+from megalite_kernels.linear_cross_entropy import linear_cross_entropy
 from megalite_kernels.mlp import gelu, swiglu
 from megalite_kernels.norm import layer_norm, rms_norm
 from megalite_kernels.rope import rope
@@ -18,6 +19,7 @@ __all__ = [
     "VocabShard",
     "adamw_",
     "attention",
+    "cross_entropy_",
     "dropout",
     "embedding",
     "gelu",
