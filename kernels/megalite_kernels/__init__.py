@@ -14,6 +14,7 @@ from megalite_kernels.linear_cross_entropy import linear_cross_entropy
 from megalite_kernels.mlp import gelu, swiglu
 from megalite_kernels.norm import layer_norm, rms_norm
 from megalite_kernels.rope import rope
+from megalite_kernels.sum_of_squares import sum_of_squares
 
 __all__ = [
     "VocabShard",
@@ -27,5 +28,6 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "sum_of_squares",
     "swiglu",
 ]
