@@ -7,12 +7,14 @@ torch alone and knows nothing of the trainer.
 
 from megalite_kernels.adamw import adamw_
 from megalite_kernels.attention import attention
+from megalite_kernels.cross_entropy import VocabShard, cross_entropy_
 from megalite_kernels.dropout import dropout
 from megalite_kernels.embedding import embedding
-from megalite_kernels.linear_cross_entropy import VocabShard, linear_cross_entropy
+from megalite_kernels.linear_cross_entropy import linear_cross_entropy
 from megalite_kernels.mlp import activation_backward, gelu, linear_activation, mlp, swiglu
 from megalite_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from megalite_kernels.rope import rope, rope_qkv
+from megalite_kernels.sum_of_squares import sum_of_squares
 
 __all__ = [
     "VocabShard",
@@ -21,6 +23,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "cross_entropy_",
     "dropout",
     "embedding",
     "gelu",
@@ -31,5 +34,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_qkv",
+    "sum_of_squares",
     "swiglu",
 ]
