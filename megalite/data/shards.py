@@ -54,12 +54,64 @@ class Document(NamedTuple):
     tokens: NDArray[Any]
 
 
-class _Batch(NamedTuple):
-    """An opened record batch: tokens [n], offsets int32 [documents + 1] from 0 to n."""
+class Span(NamedTuple):
+    """A piece of the stream: tokens uint16|uint32 [n] and what is known of them.
+
+    Shapes:  boundaries int64 [documents that begin here], places in [0, n), ascending; loss_mask bool [n],
+             whether a token counts for the loss, or None where all of the dataset's do
+    """
 
     tokens: NDArray[Any]
-    offsets: NDArray[np.int32]
-    names: pa.RecordBatch
+    boundaries: NDArray[np.int64]
+    loss_mask: NDArray[np.bool_] | None
+
+
+class Block:
+    """An opened record batch: whole documents, checked, in arrays that must not be written to.
+
+    Shapes:  tokens uint16|uint32 [n]; offsets int32 [documents + 1], strictly ascending from 0 to n: document
+             d is tokens[offsets[d]:offsets[d + 1]]; loss_mask bool [n], or None where every token counts
+    """
+
+    __slots__ = ("_names", "loss_mask", "offsets", "tokens")
+
+    def __init__(
+        self,
+        tokens: NDArray[Any],
+        offsets: NDArray[np.int32],
+        loss_mask: NDArray[np.bool_] | None,
+        names: pa.RecordBatch,
+    ) -> None:
+        self.tokens = tokens
+        self.offsets = offsets
+        self.loss_mask = loss_mask
+        self._names = names
+
+    @property
+    def doc_ids(self) -> list[str]:
+        """The documents' names, made into strings when asked for."""
+        names: list[str] = self._names.column("doc_id").to_pylist()
+        return names
+
+    @property
+    def sources(self) -> list[str]:
+        """The documents' sources, made into strings when asked for."""
+        names: list[str] = self._names.column("source").to_pylist()
+        return names
+
+
+class CorruptBlockError(DataError):
+    """A record batch is damaged or not what the manifest says; the rest of the dataset may be sound.
+
+    `file` is its shard, `batch` its number there, `block` its number in the dataset.
+    """
+
+    def __init__(self, file: str, batch: int, block: int, reason: str) -> None:
+        super().__init__(f"{file}: record batch {batch} {reason}; {_REMEDY}")
+        self.file = file
+        self.batch = batch
+        self.block = block
+        self.reason = reason
 
 
 class Dataset:
@@ -83,15 +135,18 @@ class Dataset:
         self._check_tokenizer()
         shards = self.manifest.shards
         tokens = np.concatenate([shard.batches[:, TOKENS] for shard in shards])
-        # Both are lists because bisect on a list is several times faster than numpy on one number.
-        self._ends: list[int] = np.cumsum(tokens).tolist()
+        self.block_ends: NDArray[np.int64] = np.cumsum(tokens)
+        self.block_ends.setflags(write=False)
+        # A list because bisect on a list is several times faster than numpy on one number.
+        self._ends: list[int] = self.block_ends.tolist()
         self._place = [(s, b) for s, shard in enumerate(shards) for b in range(len(shard.batches))]
         self._verified = bytearray(len(self._place))
+        self.num_blocks = len(self._ends)
         self.total_tokens = self._ends[-1]
         self.num_documents = self.manifest.documents
         self._map = lru_cache(OPEN_SHARDS)(self._map_shard)
         views = OPEN_VIEWS if self.manifest.compression is None else OPEN_DECODED
-        self._batch = lru_cache(views)(self._open_batch)
+        self._block = lru_cache(views)(self._open_block)
 
     @property
     def tokenizer(self) -> TokenizerInfo:
@@ -103,43 +158,56 @@ class Dataset:
         """Every stored token is below this."""
         return self.manifest.tokenizer.vocab_size
 
-    def read(self, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Tokens [start, stop) of the stream, and where documents begin among them.
+    def block(self, number: int) -> Block:
+        """Block `number` of [0, num_blocks): tokens [block_ends[number − 1], block_ends[number]).
 
-        Shapes:  tokens uint16|uint32 [stop − start], read-only, a view of the file when uncompressed and
-                 within one record batch; boundaries int64 [documents that begin here], relative to start
-        Raises:  IndexError outside 0 ≤ start ≤ stop ≤ total_tokens; DataError on a corrupt batch
+        Raises:  IndexError outside the range; CorruptBlockError if it is damaged, every time it is asked for;
+                 DataError if its shard is missing or has another size
+        """
+        if not 0 <= number < self.num_blocks:
+            raise IndexError(f"block {number} of {self.num_blocks} in {self.path}")
+        return self._block(number)
+
+    def read(self, start: int, stop: int) -> Span:
+        """Tokens [start, stop) of the stream; a read-only view of the file where that is possible.
+
+        Raises:  IndexError outside 0 ≤ start ≤ stop ≤ total_tokens; as `block` does
         """
         if not 0 <= start <= stop <= self.total_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.total_tokens} in {self.path}")
-        parts, boundaries = [], []
+        parts = []
         number, position = bisect_right(self._ends, start), start
         while position < stop:
-            batch = self._batch(number)
+            block = self._block(number)
             end = self._ends[number]
-            begin = end - batch.tokens.size
+            begin = end - block.tokens.size
             low, high = position - begin, min(stop, end) - begin
-            parts.append(batch.tokens[low:high])
             # Keys of the array's own type: any other makes numpy convert the whole array first.
-            first, last = batch.offsets[:-1].searchsorted(np.array((low, high), dtype=np.int32))
-            boundaries.append(batch.offsets[first:last].astype(np.int64) + (begin - start))
+            first, last = block.offsets[:-1].searchsorted(np.array((low, high), dtype=np.int32))
+            boundaries = block.offsets[first:last].astype(np.int64) + (begin - start)
+            mask = None if block.loss_mask is None else block.loss_mask[low:high]
+            parts.append(Span(block.tokens[low:high], boundaries, mask))
             number, position = number + 1, end
-        if len(parts) == 1:
-            return parts[0], boundaries[0]
-        if not parts:
-            return np.empty(0, dtype=self.manifest.dtype), np.empty(0, dtype=np.int64)
-        return np.concatenate(parts), np.concatenate(boundaries)
+        return parts[0] if len(parts) == 1 else self._joined(parts)
 
     def documents(self) -> Iterator[Document]:
         """Every document in stored order.
 
-        Raises:  DataError on a corrupt batch
+        Raises:  as `block` does
         """
-        for number in range(len(self._place)):
-            batch = self._batch(number)
-            names, sources = (batch.names.column(c).to_pylist() for c in ("doc_id", "source"))
-            for n, (doc_id, source) in enumerate(zip(names, sources, strict=True)):
-                yield Document(doc_id, source, batch.tokens[batch.offsets[n] : batch.offsets[n + 1]])
+        for number in range(self.num_blocks):
+            block = self._block(number)
+            for n, (doc_id, source) in enumerate(zip(block.doc_ids, block.sources, strict=True)):
+                yield Document(doc_id, source, block.tokens[block.offsets[n] : block.offsets[n + 1]])
+
+    def _joined(self, parts: list[Span]) -> Span:
+        """One span of several neighbours, or of none."""
+        tokens = [np.empty(0, dtype=self.manifest.dtype), *(part.tokens for part in parts)]
+        boundaries = [np.empty(0, dtype=np.int64), *(part.boundaries for part in parts)]
+        masks = [part.loss_mask for part in parts if part.loss_mask is not None]
+        return Span(
+            np.concatenate(tokens), np.concatenate(boundaries), np.concatenate(masks) if masks else None
+        )
 
     def _check_tokenizer(self) -> None:
         path, size = data_file(self.path, TOKENIZER_FILE)
@@ -163,24 +231,27 @@ class Dataset:
             raise DataError(f"{path} has {buffer.size} bytes, expected {shard.bytes}; {_REMEDY}")
         return buffer
 
-    def _open_batch(self, number: int) -> _Batch:
+    def _open_block(self, number: int) -> Block:
         shard_number, row_number = self._place[number]
         shard = self.manifest.shards[shard_number]
         row = [int(value) for value in shard.batches[row_number]]
-        where = f"{self.path / shard.file}: record batch {row_number}"
         message = self._map(shard_number).slice(row[OFFSET], row[BYTES])
         first = not self._verified[number]
+
+        def corrupt(reason: str) -> CorruptBlockError:
+            return CorruptBlockError(str(self.path / shard.file), row_number, number, reason)
+
         if first and (crc := zlib.crc32(message)) != row[CRC32]:
-            raise DataError(f"{where} is corrupt: CRC {crc:#010x}, expected {row[CRC32]:#010x}; {_REMEDY}")
+            raise corrupt(f"is corrupt: CRC {crc:#010x}, expected {row[CRC32]:#010x}")
         try:
-            batch = self._decode(message, row, first)
+            block = self._decode(message, row, first)
         except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
             reason = str(error).partition("\n")[0]
-            raise DataError(f"{where} is not what the manifest says: {reason}; {_REMEDY}") from None
+            raise corrupt(f"is not what the manifest says: {reason}") from None
         self._verified[number] = 1
-        return batch
+        return block
 
-    def _decode(self, data: pa.Buffer, row: list[int], first: bool) -> _Batch:
+    def _decode(self, data: pa.Buffer, row: list[int], first: bool) -> Block:
         """Arrow bytes to arrays. A matching CRC proves they arrived, not that they are harmless."""
         message = pa.ipc.read_message(data)
         if message.type != "record batch":
@@ -204,7 +275,7 @@ class Dataset:
                 raise ValueError("document offsets that do not cover its tokens")
             if int(tokens.max()) >= self.vocab_size:
                 raise ValueError(f"token {int(tokens.max())} beyond vocab_size={self.vocab_size}")
-        return _Batch(tokens, offsets, batch)
+        return Block(tokens, offsets, None, batch)
 
 
 def verify(path: str | Path, progress: Callable[[int, int], None] | None = None) -> Dataset:
@@ -225,7 +296,7 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
                 if progress is not None:
                     progress(done, total)
         for batch in range(number, number + len(shard.batches)):
-            dataset._open_batch(batch)
+            dataset._open_block(batch)
         number += len(shard.batches)
         if crc != shard.crc32:  # after the batches, whose errors say more
             raise DataError(f"{file} is corrupt: CRC {crc:#010x}, expected {shard.crc32:#010x}; {_REMEDY}")
