@@ -66,7 +66,7 @@ class LocalFolder:
                 raise DataError(f"{path} has {size} bytes, at most {limit} are expected")
             with disk_errors(path, "read"), os.fdopen(os.dup(file), "rb") as stream:
                 try:
-                    return stream.read(limit)
+                    return stream.read(size)
                 except MemoryError:
                     raise DataError(f"{path} has {size} bytes, which do not fit into memory") from None
 

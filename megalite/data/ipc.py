@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from megalite.data.manifest import MAX_NAME_BYTES, Manifest
 
 # What Arrow, numpy and our own checks raise over a batch that is not what it should be.
-REFUSALS = (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError)
+REFUSALS = (pa.ArrowException, OSError, EOFError, ValueError, MemoryError, OverflowError)
 
 
 class Parts(NamedTuple):
@@ -82,7 +82,10 @@ def _lists(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
     offsets = np.frombuffer(column.buffers()[1], dtype=np.int32, count=len(column) + 1)
     if offsets[0] != 0 or offsets[-1] != len(values) or (offsets[1:] < offsets[:-1]).any():
         raise ValueError("offsets that do not cover the values")
-    return values.to_numpy(zero_copy_only=True), offsets
+    numbers: NDArray[Any] = values.to_numpy(zero_copy_only=True)
+    if (size := values.buffers()[1].size) != numbers.nbytes:  # it holds another type
+        raise ValueError(f"{len(values)} values of {numbers.dtype} in {size} bytes")
+    return numbers, offsets
 
 
 def _loss_mask(

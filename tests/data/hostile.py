@@ -296,15 +296,22 @@ CASES: dict[str, Make] = {
 }
 
 
+HONEST = ("honest", "honest-zstd", "honest-zstd-shard")
+
+
 def build(root: Path) -> list[str]:
-    """Make every case in a folder of its own, named by its number; their names."""
+    """Make every case in a folder of its own, named by its number, and an honest dataset; their names."""
     for number, make in enumerate(CASES.values()):
         make(root / f"{number:03d}")
-    return list(CASES)
+    write(root / "honest", random_documents([1 << 20, 50]))
+    write(root / "honest-zstd", random_documents([1 << 20, 50]), compression="zstd")
+    write(root / "honest-zstd-shard", random_documents([1 << 20, 50]), compression="zstd-shard")
+    return [*CASES, *HONEST]
 
 
 def open_all(root: Path) -> None:
     """Open each folder, print what came of it, with the seconds it took, a line of JSON each."""
+    pa.allocate_buffer(1 << 20)  # Arrow reserves addresses when it first needs memory
     with open("/proc/self/statm") as statm:
         size = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MORE_BYTES, size + MORE_BYTES))

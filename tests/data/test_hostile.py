@@ -24,9 +24,8 @@ def test_crafted_datasets_are_refused_in_little_memory_and_time(tmp_path):
     reader = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=120)
     outcomes = [json.loads(line) for line in reader.stdout.splitlines()]
     assert len(names) == len(outcomes) >= 60
-    assert {
-        name: outcome for name, (outcome, _) in zip(names, outcomes, strict=True) if outcome != "refused"
-    } == {}
+    expected = {name: "read 1048626 tokens" if name in hostile.HONEST else "refused" for name in names}
+    assert {name: outcome for name, (outcome, _) in zip(names, outcomes, strict=True)} == expected
     assert {name: s for name, (_, s) in zip(names, outcomes, strict=True) if s > 1} == {}
 
 
