@@ -65,8 +65,8 @@ class ShardCache:
 
     def remove(self, key: str) -> None:
         """Forget a file. Whoever has it mapped keeps its bytes."""
-        with suppress(FileNotFoundError), disk_errors(self.folder):
-            (self.folder / key).unlink()
+        with disk_errors(self.folder):
+            (self.folder / key).unlink(missing_ok=True)
 
     @property
     def _limit(self) -> str:
