@@ -157,9 +157,7 @@ def test_stats(folder, capsys, tmp_path):
     svg = tmp_path / "lengths.svg"
     assert megalite("data", "stats", folder, "--svg", svg) == 0
     out = capsys.readouterr().out
-    assert ["code", "2", "251", "91.3%", "10", "126", "241", "100.0%"] in map(
-        str.split, out.splitlines()
-    )
+    assert ["code", "2", "251", "91.3%", "10", "126", "241", "100.0%"] in map(str.split, out.splitlines())
     assert "1 empty documents were left out" in out
     rows = [line.split() for line in out.splitlines() if "…" in line and "█" in line]
     assert [(row[0], row[-2]) for row in rows if row[-2] != "0"] == [
