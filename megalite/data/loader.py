@@ -199,7 +199,7 @@ class DataLoader:
         doc_starts = np.zeros((rows, seq), dtype=np.int32)
         for row, (source, sample) in enumerate(zip(sources.tolist(), samples.tolist(), strict=True)):
             start = sample * seq
-            stream, boundaries = self.datasets[source].read(start, start + seq + 1)
+            stream, boundaries, _ = self.datasets[source].read(start, start + seq + 1)
             tokens[row] = stream[:-1]
             labels[row] = stream[1:]
             if self._document_mask:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.cli import add_commands
+from data_tools.verify import find_faults
+from megalite.data import manifest as manifest_module
 from megalite.data.shards import Dataset
 from megalite.data.tokenizer import ByteTokenizer
 from megalite.data.writer import ShardWriter
@@ -31,9 +37,40 @@ def random_documents(
 
 
 def write(folder: Path, documents: Sequence[NDArray[np.int64]], **options: object) -> Dataset:
-    """A dataset of these documents, ids doc0, doc1, …"""
+    """A dataset of these documents, ids doc0, doc1, …, perhaps with `spans` that count for the loss."""
     tokenizer = options.pop("tokenizer", ByteTokenizer())
-    with ShardWriter(folder, tokenizer, **options) as writer:  # type: ignore[arg-type]
+    spans: Any = options.pop("spans", None)
+    with ShardWriter(folder, tokenizer, has_loss_mask=spans is not None, **options) as writer:  # type: ignore[arg-type]
         for n, document in enumerate(documents):
-            writer.write(f"doc{n}", "test", document)
+            writer.write(f"doc{n}", "test", document, None if spans is None else spans[n])
     return Dataset(folder)
+
+
+def verify(folder: Path) -> Dataset:
+    """The dataset, once every byte of it is checked; raises the first fault found."""
+    dataset = Dataset(folder)
+    for fault in find_faults(dataset):
+        raise fault
+    return dataset
+
+
+def read_everything(dataset: Dataset) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """All tokens and document boundaries."""
+    return dataset.read(0, dataset.total_tokens)[:2]
+
+
+def edit_manifest(folder: Path, change: Callable[[Any], object]) -> None:
+    """Apply `change` to the manifest and seal it again, as an attacker or a careless tool would."""
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    content.pop("crc32", None)
+    path.write_bytes(manifest_module.seal(json.dumps(content).encode().removesuffix(b"}")))
+
+
+def megalite(*arguments: object) -> int:
+    """What `megalite data …` returns for these arguments."""
+    parser = argparse.ArgumentParser(prog="megalite")
+    add_commands(parser.add_subparsers(required=True))
+    args = parser.parse_args([str(argument) for argument in arguments])
+    return int(args.func(args))
