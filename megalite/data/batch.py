@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 IGNORE = -100  # label of a token whose successor is not to be predicted
-FEW = 64  # tokens a document below which filling runs one by one is slower than repeating
 
 Ints = NDArray[np.int64]
 Allocate = Callable[[tuple[int, ...], DTypeLike], NDArray[Any]]
@@ -36,7 +35,7 @@ class Batch:
                     padding, or does not count for the loss
         positions   int64: counted from the start of the document, or of the row if it began earlier
         doc_starts  int32: place in the row of the first token of each token's document
-        sample_ids  int64 [rows]: global sample index; where samples are cut into r rows, r · index + 0 … r − 1
+        sample_ids  int64 [rows]: global sample index; of samples cut into r rows, r · index + 0 … r − 1
         cu_seqlens  int32 [documents + 1]: where documents begin and end with all rows laid end to end; a row
                     begins one, and so does its padding
         replaced    the samples that others stand for
@@ -53,103 +52,89 @@ class Batch:
 
 
 class Rows:
-    """Samples of `seq_len` tokens on their way into a batch. Whoever reads fills one row after the other.
+    """Samples of `seq_len` tokens on their way into a batch. Whoever reads fills one after the other, and
+    marks documents where they are `masked`: attention is to stay within each.
 
-    Shapes:  stream uint16|uint32 [samples, seq_len + 1], the last column for labels only; starts: for each
-             sample the places in (0, seq_len] where documents begin, ascending
+    Shapes:  stream uint16|uint32 [samples, seq_len + 1], the last column for labels only
     """
 
-    def __init__(self, samples: int, seq_len: int, dtype: DTypeLike) -> None:
-        self.seq_len = seq_len
+    def __init__(self, samples: int, seq_len: int, dtype: DTypeLike, masked: bool) -> None:
+        self.seq_len, self.masked = seq_len, masked
         self.stream: NDArray[Any] = np.empty((samples, seq_len + 1), dtype=dtype)
-        self.starts: list[NDArray[np.int32]] = []
-        self.padding: list[tuple[int, int]] = []  # (sample, first place that holds nothing)
-        self.loss_masks: list[tuple[int, NDArray[np.bool_]]] = []  # (sample, bool [seq_len + 1])
+        self._starts: list[NDArray[np.int32]] = []
+        self._bases: list[int] = []
+        self._padding: list[tuple[int, int]] = []
+        self._loss_masks: list[tuple[int, NDArray[np.bool_]]] = []
+
+    def mark_documents(self, row: int, starts: NDArray[np.int32], base: int = 0) -> None:
+        """Documents begin at the places `starts` − base of a row; ascending, in (0, seq_len]."""
+        self._starts.append(starts)
+        self._bases.append(row * self.seq_len - base)
+
+    def pad(self, row: int, used: int) -> None:
+        """A row has nothing from place `used` on."""
+        self._padding.append((row, used))
+
+    def mask_loss(self, row: int, counts: NDArray[np.bool_]) -> None:
+        """Which of a row's tokens count for the loss, bool [seq_len + 1]."""
+        self._loss_masks.append((row, counts))
 
     def batch(
         self,
         sample_ids: Ints,
         row_len: int,
-        document_mask: bool,
         replaced: tuple[Replacement, ...],
         allocate: Allocate,
     ) -> Batch:
         """The arrays of these samples, each cut into rows of `row_len`, made by `allocate`."""
-        samples, size = len(self.stream), self.stream.shape[0] * self.seq_len
-        tokens = allocate((samples, self.seq_len), np.int64)
-        labels = allocate((samples, self.seq_len), np.int64)
+        samples, seq_len = len(self.stream), self.seq_len
+        tokens = allocate((samples, seq_len), np.int64)
+        labels = allocate((samples, seq_len), np.int64)
         tokens[...] = self.stream[:, :-1]
         labels[...] = self.stream[:, 1:]
-        starts = self._flat_starts() if document_mask else np.empty(0, dtype=np.int64)
-        labels.ravel()[starts - 1] = IGNORE
-        for sample, used in self.padding:
+        for sample, used in self._padding:
             labels[sample, used - 1 :] = IGNORE
-        for sample, mask in self.loss_masks:
-            labels[sample, ~mask[1:]] = IGNORE
-        if row_len < self.seq_len:
-            pieces = self.seq_len // row_len
+        for sample, counts in self._loss_masks:
+            labels[sample, ~counts[1:]] = IGNORE
+        if row_len < seq_len:
+            pieces = seq_len // row_len
             sample_ids = (sample_ids[:, None] * pieces + np.arange(pieces)).ravel()
-        shape = (size // row_len, row_len)
-        if document_mask:
-            cu_seqlens = _merge(starts, size, row_len)
-            positions, doc_starts = _places(cu_seqlens, shape, allocate)
-        else:
-            cu_seqlens = np.arange(0, size + 1, row_len, dtype=np.int32)
-            positions, doc_starts = _row_places(shape), None
-        return Batch(
-            tokens.reshape(shape),
-            labels.reshape(shape),
-            positions,
-            doc_starts,
-            sample_ids,
-            cu_seqlens,
-            replaced,
-        )
-
-    def _flat_starts(self) -> Ints:
-        """Where documents begin with the samples laid end to end; int64 [n], ascending."""
-        counts = [len(starts) for starts in self.starts]
-        base = np.arange(0, len(counts) * self.seq_len, self.seq_len, dtype=np.int64)
-        return np.concatenate(self.starts) + base.repeat(counts)
+        shape = (samples * seq_len // row_len, row_len)
+        tokens, labels = tokens.reshape(shape), labels.reshape(shape)
+        edges = _row_edges(shape)
+        if not self.masked:
+            return Batch(tokens, labels, _row_places(shape), None, sample_ids, edges, replaced)
+        if self._starts:
+            starts = np.concatenate(self._starts)
+            starts = starts + np.array(self._bases, dtype=np.int32).repeat([len(s) for s in self._starts])
+            labels.ravel()[starts - 1] = IGNORE
+            edges = _union(starts, edges)
+        doc_starts, positions = allocate(shape, np.int32), allocate(shape, np.int64)
+        doc_starts.ravel()[...] = (edges[:-1] % row_len).repeat(edges[1:] - edges[:-1])
+        np.subtract(_row_places(shape), doc_starts, out=positions)
+        return Batch(tokens, labels, positions, doc_starts, sample_ids, edges, replaced)
 
 
-def _merge(starts: Ints, size: int, row_len: int) -> NDArray[np.int32]:
-    """Document starts and row starts in one ascending list of distinct places, int32, up to `size`."""
-    edges = np.concatenate([starts.astype(np.int32), np.arange(0, size + 1, row_len, dtype=np.int32)])
-    edges.sort()
-    is_new = np.empty(len(edges), dtype=np.bool_)
-    is_new[0] = True
-    np.not_equal(edges[1:], edges[:-1], out=is_new[1:])
-    distinct: NDArray[np.int32] = edges[is_new]
+def _union(a: NDArray[np.int32], b: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Distinct values of both, ascending."""
+    values = np.concatenate([a, b])
+    values.sort()
+    is_new = np.ones(len(values), dtype=np.bool_)
+    np.not_equal(values[1:], values[:-1], out=is_new[1:])
+    distinct: NDArray[np.int32] = values[is_new]
     return distinct
 
 
-def _places(
-    cu_seqlens: NDArray[np.int32], shape: tuple[int, int], allocate: Allocate
-) -> tuple[Ints, NDArray[np.int32]]:
-    """Positions and document starts, [rows, row_len] each."""
-    rows, row_len = shape
-    positions, doc_starts = allocate(shape, np.int64), allocate(shape, np.int32)
-    flat_positions, flat_starts = positions.ravel(), doc_starts.ravel()
-    begins = cu_seqlens[:-1] % row_len
-    if len(begins) * FEW > rows * row_len:
-        flat_starts[:] = np.repeat(begins, np.diff(cu_seqlens))
-        np.subtract(np.arange(row_len, dtype=np.int64), doc_starts, out=positions)
-        return positions, doc_starts
-    count = _count(row_len)
-    edges: Sequence[int] = cu_seqlens.tolist()
-    for start, stop, begin in zip(edges[:-1], edges[1:], begins.tolist(), strict=True):
-        flat_starts[start:stop] = begin
-        flat_positions[start:stop] = count[: stop - start]
-    return positions, doc_starts
+# The same for every batch of a shape; nobody writes to them.
 
 
 @lru_cache(maxsize=8)
-def _count(row_len: int) -> Ints:
-    return np.arange(row_len, dtype=np.int64)
+def _row_edges(shape: tuple[int, int]) -> NDArray[np.int32]:
+    """Where rows begin and end with all of them laid end to end, int32 [rows + 1]."""
+    return np.arange(0, shape[0] * shape[1] + 1, shape[1], dtype=np.int32)
 
 
 @lru_cache(maxsize=8)
 def _row_places(shape: tuple[int, int]) -> Ints:
-    """Positions of rows that count themselves: the same for every batch, which nobody writes to."""
+    """Positions of rows that count themselves, int64 [rows, row_len]."""
     return np.tile(np.arange(shape[1], dtype=np.int64), (shape[0], 1))

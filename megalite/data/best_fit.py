@@ -25,14 +25,13 @@ from numpy.typing import NDArray
 
 from megalite.data.batch import Rows
 from megalite.data.order import CountedChunks, Layout
-from megalite.data.packing import distinct_in_ranges
+from megalite.data.packing import OPEN_BLOCKS, distinct_in_ranges
 from megalite.data.shards import CorruptBlockError, Dataset
 from megalite.errors import DataError
 
 VERSION = 1  # of how documents are packed
 CHUNK_TOKENS = 1 << 18  # at least: enough documents that nearly every gap finds one
 CHUNK_SAMPLES = 64  # at least, where samples are long
-OPEN_BLOCKS = 96  # record batches in use at once; fewer than a dataset keeps open
 
 Ints = NDArray[np.int64]
 
@@ -219,23 +218,25 @@ class BestFit:
         plan, place = self._plan(chunk), sample - self._first[chunk]
         out, seq_len = rows.stream[row], rows.seq_len
         filled, starts = 0, []
-        mask = np.ones(seq_len + 1, dtype=np.bool_)
+        counts = None
         for number, start, stop, goes_on in plan.pieces[plan.edges[place] : plan.edges[place + 1]].tolist():
             block = self._dataset.block(number)
             stop += goes_on  # a piece that goes on fills its sample: the next token is the last label
             out[filled : filled + stop - start] = block.tokens[start:stop]
             if block.loss_mask is not None:
-                mask[filled : filled + stop - start] = block.loss_mask[start:stop]
+                counts = np.ones(seq_len + 1, dtype=np.bool_) if counts is None else counts
+                counts[filled : filled + stop - start] = block.loss_mask[start:stop]
             filled += stop - start
             starts.append(filled)
         if filled <= seq_len:
             out[filled:] = self._eos_id
-            rows.padding.append((row, filled))
+            rows.pad(row, filled)
         else:
             starts.pop()
-        rows.starts.append(np.array(starts, dtype=np.int32))
-        if not mask.all():
-            rows.loss_masks.append((row, mask))
+        if rows.masked:
+            rows.mark_documents(row, np.array(starts, dtype=np.int32))
+        if counts is not None:
+            rows.mask_loss(row, counts)
 
     def blocks(self, samples: Ints) -> Ints:
         """See `Packing`."""

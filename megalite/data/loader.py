@@ -93,6 +93,7 @@ class DataLoader:
         self.config, self.datasets = config, list(datasets)
         self.seq_len = config.seq_len
         self.allocate = allocate
+        self._dtype = self.datasets[0].manifest.dtype if self.datasets else np.dtype(np.uint16)
         self._seed = seed
         check_same_tokenizer(self.datasets)
         digests = [dataset.manifest.digest for dataset in self.datasets]
@@ -224,10 +225,6 @@ class DataLoader:
 
     # --- reading --------------------------------------------------------------------------------
 
-    def row_len(self, position: int) -> int:
-        """Tokens a row in the step that begins at `position`."""
-        return self._seq_lens.at(self.skips.index_at(position))
-
     def locate(self, sample_ids: Ints) -> tuple[Ints, Ints]:
         """Source and sample number within it of each global sample index; int64 [n] each.
 
@@ -246,7 +243,7 @@ class DataLoader:
         Raises:  DataError if one cannot be read and none is found in its place
         """
         ids = np.array(sample_ids, dtype=np.int64)
-        return self._gather(ids, *self.locate(ids), self.seq_len)
+        return self._gather(ids, *self.locate(ids), row_len=self.seq_len)
 
     def micro_batches(self, position: int, share: Share) -> list[Batch]:
         """One rank's part of the step that begins after `position` consumed samples.
@@ -281,13 +278,13 @@ class DataLoader:
             begins = np.arange(position, position + planned * whole, whole, dtype=np.int64)
             ids = self.skips.index((begins[:, None] + mine).ravel())
             parts = [array.reshape(planned, -1, micro) for array in (ids, *self.locate(ids))]
-            for begin, *step in zip(begins.tolist(), *parts, strict=True):
-                row_len = self.row_len(begin)
+            row_lens = self._seq_lens.at(self.skips.index(begins)).tolist()
+            for row_len, *step in zip(row_lens, *parts, strict=True):
                 yield [self._gather(*part, row_len=row_len) for part in zip(*step, strict=True)]
             position += planned * whole
 
-    def _gather(self, ids: Ints, sources: Ints, samples: Ints, row_len: int) -> Batch:
-        rows = Rows(len(ids), self.seq_len, self.datasets[0].manifest.dtype)
+    def _gather(self, ids: Ints, sources: Ints, samples: Ints, *, row_len: int) -> Batch:
+        rows = Rows(len(ids), self.seq_len, self._dtype, self.config.document_mask)
         replaced = []
         for row, (source, sample) in enumerate(zip(sources.tolist(), samples.tolist(), strict=True)):
             try:
@@ -295,7 +292,7 @@ class DataLoader:
             except CorruptBlockError as error:
                 self._replace(source, sample, rows, row, error)
                 replaced.append(Replacement(int(ids[row]), error.file, error.batch, error.reason))
-        return rows.batch(ids, row_len, self.config.document_mask, tuple(replaced), self.allocate)
+        return rows.batch(ids, row_len, tuple(replaced), self.allocate)
 
     def _replace(self, source: int, sample: int, rows: Rows, row: int, error: CorruptBlockError) -> None:
         """Read another sample of the source, which one being a function of the sample: every rank, in every

@@ -180,9 +180,10 @@ class SeqLens:
     """
 
     def __init__(self, seq_len: int, changes: Sequence[tuple[int, int]] = ()) -> None:
-        self._starts = [start for start, _ in changes]
-        self._lengths = [seq_len, *(length for _, length in changes)]
+        self._starts = np.array([start for start, _ in changes], dtype=np.int64)
+        self._lengths = np.array([seq_len, *(length for _, length in changes)], dtype=np.int64)
 
-    def at(self, index: int) -> int:
-        """Row length of the step whose first sample is global sample `index`."""
-        return self._lengths[bisect_right(self._starts, index)]
+    def at(self, index: Ints) -> Ints:
+        """Row lengths of the steps whose first samples are these global samples; int64 [n] each."""
+        lengths: Ints = self._lengths[np.searchsorted(self._starts, index, side="right")]
+        return lengths
