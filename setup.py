@@ -25,9 +25,11 @@ setup(
         "pydantic>=2.14",
         "safetensors>=0.4.5",
         "rich>=13.7.1",
+        "zstandard>=0.22",
     ],
     extras_require={
         "tokenizers": ["tokenizers>=0.20.3"],
+        "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6", "gcsfs>=2024.6"],
         "deepspeed": ["deepspeed>=0.19"],
         "dev": [
             "tokenizers>=0.20.3",
@@ -36,7 +38,7 @@ setup(
             "megatron-core>=0.16.1",
             "pytest>=8.0",
             "hypothesis>=6.100",
-            "zstandard>=0.22",
+            "fsspec[http]>=2024.6",
             "ruff==0.17.6",
             "mypy==2.4.1",
         ],

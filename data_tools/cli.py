@@ -18,17 +18,47 @@ def add_commands(subparsers: Any) -> None:
     commands = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     _add_tokenize(commands)
 
+    _add_verify(commands)
+    _add_show(commands)
+    _add_stats(commands)
+
+
+def _add_verify(commands: Any) -> None:
     verify = _add(commands, "verify", "check every byte of a dataset", "megalite data verify data/train")
-    verify.add_argument("folder", type=Path, help="a dataset, or a folder of datasets (train, valid)")
+    verify.add_argument("dataset", type=_dataset, help="a dataset, or a folder of datasets (train, valid)")
     verify.set_defaults(func=_verify)
 
+
+def _add_show(commands: Any) -> None:
     show = _add(
-        commands, "show", "print a dataset's documents", "megalite data show data/train --documents 2"
+        commands,
+        "show",
+        "print a dataset's documents, or the rows a model is trained on",
+        "megalite data show data/train --documents 2\n"
+        "  megalite data show data/train --seq-len 256 --start 1000",
     )
-    show.add_argument("folder", type=Path, help="a dataset")
+    show.add_argument("dataset", type=_dataset, help="a dataset's folder or address")
     show.add_argument("--documents", type=_positive, default=3, metavar="N", help="how many (default 3)")
     show.add_argument("--tokens", type=_positive, default=200, metavar="N", help="of each (default 200)")
+    show.add_argument(
+        "--seq-len", type=_positive, metavar="N", help="show rows of N tokens instead, documents end to end"
+    )
+    show.add_argument("--rows", type=_positive, default=3, metavar="N", help="how many rows (default 3)")
+    show.add_argument("--start", type=_count, default=0, metavar="N", help="the first row (default 0)")
     show.set_defaults(func=_show)
+
+
+def _add_stats(commands: Any) -> None:
+    stats = _add(
+        commands,
+        "stats",
+        "count a dataset's documents and tokens by source and length",
+        "megalite data stats data/train --svg lengths.svg",
+    )
+    stats.add_argument("dataset", type=_dataset, help="a dataset's folder or address")
+    stats.add_argument("--json", action="store_true", help="print JSON")
+    stats.add_argument("--svg", type=Path, metavar="FILE", help="draw the document lengths as a picture")
+    stats.set_defaults(func=_stats)
 
 
 def _add_tokenize(commands: Any) -> None:
@@ -61,7 +91,11 @@ def _add_tokenize(commands: Any) -> None:
         "--valid-fraction", type=float, default=0.02, metavar="F", help="documents held out (default 0.02)"
     )
     parser.add_argument("--max-mib", type=float, metavar="N", help="read at most about N MiB of text")
-    parser.add_argument("--compression", choices=["zstd"], help="compress the shards")
+    parser.add_argument(
+        "--compression",
+        choices=["lz4", "zstd", "zstd-shard"],
+        help="compress record batches (lz4, zstd), or whole files for slow networks (zstd-shard)",
+    )
     parser.set_defaults(func=_tokenize)
 
 
@@ -81,6 +115,17 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
     return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def _dataset(text: str) -> str | Path:
+    return text if "://" in text else Path(text)
 
 
 def _tokenize(args: argparse.Namespace) -> int:
@@ -129,39 +174,20 @@ def _tokenizer(args: argparse.Namespace, corpus: Any) -> Any:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from data_tools.progress import progress
-    from megalite.data.manifest import MANIFEST_FILE
-    from megalite.data.shards import verify
+    from data_tools.verify import run
 
-    folders = [args.folder]
-    if not (args.folder / MANIFEST_FILE).exists():
-        folders = sorted(path.parent for path in args.folder.glob(f"*/{MANIFEST_FILE}")) or folders
-    for folder in folders:
-        with progress(f"verifying {folder}") as update:
-            dataset = verify(folder, update)
-        print(
-            f"{folder}: sound; {len(dataset.manifest.shards)} shards, {dataset.num_documents:,} documents, "
-            f"{dataset.total_tokens:,} tokens, vocabulary {dataset.vocab_size:,}"
-        )
-    return 0
+    return run(args.dataset)
 
 
 def _show(args: argparse.Namespace) -> int:
-    from itertools import islice
+    from data_tools.show import show_documents, show_rows
 
-    from megalite.data.shards import Dataset
-    from megalite.data.tokenizer import load_tokenizer
+    if args.seq_len is None:
+        return show_documents(args.dataset, args.documents, args.tokens)
+    return show_rows(args.dataset, args.rows, args.seq_len, args.start)
 
-    dataset = Dataset(args.folder)
-    tokenizer = load_tokenizer(args.folder)
-    begin = 0
-    for document in islice(dataset.documents(), args.documents):
-        size = len(document.tokens)
-        print(f"── {document.source} {document.doc_id} · tokens [{begin:,}, {begin + size:,})")
-        left = f"\n… {size - args.tokens:,} more tokens" if size > args.tokens else ""
-        print(f"{tokenizer.decode(document.tokens[: args.tokens])}{left}\n")
-        begin += size
-    left_over = dataset.num_documents - args.documents
-    print(f"{dataset.num_documents:,} documents, {dataset.total_tokens:,} tokens", end="")
-    print(f"; {left_over:,} documents not shown" if left_over > 0 else "")
-    return 0
+
+def _stats(args: argparse.Namespace) -> int:
+    from data_tools.stats import run
+
+    return run(args.dataset, args.json, args.svg)

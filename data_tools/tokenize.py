@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.ingest import TextDocument
-from megalite.data.shards import disk_errors
+from megalite.data.folder import disk_errors
+from megalite.data.staging import clear_leftovers, commit_folder
 from megalite.data.tokenizer import Tokenizer
-from megalite.data.writer import ShardWriter, clear_leftovers, commit_folder
+from megalite.data.writer import ShardWriter
 from megalite.errors import DataError
 
 STATS_FILE = "stats.json"

@@ -1,26 +1,108 @@
-"""The Arrow schema of a shard, and the one check Arrow leaves to us: sizes before allocation."""
+"""A shard's Arrow schema, and record batches taken apart without trusting them."""
 
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from megalite.data.manifest import MAX_NAME_BYTES, Manifest
 
+# What Arrow, numpy and our own checks raise over a batch that is not what it should be.
+REFUSALS = (pa.ArrowException, OSError, EOFError, ValueError, MemoryError, OverflowError)
 
-def shard_schema(dtype: np.dtype[Any]) -> pa.Schema:
-    """One row a document: `tokens: list<uint16 | uint32>`, `doc_id: string`, `source: string`."""
+
+class Parts(NamedTuple):
+    """A record batch as arrays, see `megalite.data.shards.Block`."""
+
+    tokens: NDArray[Any]
+    offsets: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_] | None
+    batch: pa.RecordBatch
+
+
+def shard_schema(dtype: np.dtype[Any], has_loss_mask: bool = False) -> pa.Schema:
+    """One row a document: `tokens: list<uint16 | uint32>`, `doc_id`, `source`, perhaps `loss_mask`.
+
+    `loss_mask: list<uint32>` holds start, stop, start, stop … of the tokens that count for the loss,
+    ascending, counted from the document's beginning.
+    """
     token = pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)
-    return pa.schema(
-        [
-            pa.field("tokens", pa.list_(token), nullable=False),
-            pa.field("doc_id", pa.string(), nullable=False),
-            pa.field("source", pa.string(), nullable=False),
-        ]
-    )
+    fields = [
+        pa.field("tokens", pa.list_(token), nullable=False),
+        pa.field("doc_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+    ]
+    if has_loss_mask:
+        bound = pa.field("item", pa.uint32(), nullable=False)
+        fields.append(pa.field("loss_mask", pa.list_(bound), nullable=False))
+    return pa.schema(fields)
+
+
+def decode(
+    data: pa.Buffer, schema: pa.Schema, manifest: Manifest, documents: int, tokens: int, is_checked: bool
+) -> Parts:
+    """Check a record batch message and take it apart, without a copy where it is not compressed.
+
+    A matching CRC proves that its bytes arrived, not that they are harmless. `is_checked` says that
+    the same bytes have passed before, which saves what looks at every token.
+
+    Raises:  one of REFUSALS
+    """
+    message = pa.ipc.read_message(data)
+    if message.type != "record batch":
+        raise ValueError(f"a {message.type} message")
+    check_declared_size(message, manifest, documents, tokens)
+    batch = pa.ipc.read_record_batch(message, schema)
+    if not is_checked:
+        batch.validate(full=True)
+    if any(column.null_count for column in batch.columns):
+        raise ValueError("nulls")
+    values, offsets = _lists(batch.column("tokens"))
+    if batch.num_rows != documents or values.size != tokens:
+        raise ValueError(f"{batch.num_rows} documents, {values.size} tokens, not {documents}, {tokens}")
+    if (offsets[1:] <= offsets[:-1]).any():
+        raise ValueError("documents without tokens")
+    if not is_checked and (largest := int(values.max())) >= manifest.tokenizer.vocab_size:
+        raise ValueError(f"token {largest} beyond vocab_size={manifest.tokenizer.vocab_size}")
+    mask = None
+    if manifest.has_loss_mask:
+        mask = _loss_mask(offsets, *_lists(batch.column("loss_mask")))
+    return Parts(values, offsets, mask, batch)
+
+
+def _lists(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
+    """Values of a list column and the places where its rows begin and the last ends."""
+    values = column.values
+    if column.offset or values.offset or values.null_count:
+        raise ValueError("nulls or slices")
+    offsets = np.frombuffer(column.buffers()[1], dtype=np.int32, count=len(column) + 1)
+    if offsets[0] != 0 or offsets[-1] != len(values) or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError("offsets that do not cover the values")
+    numbers: NDArray[Any] = values.to_numpy(zero_copy_only=True)
+    if (size := values.buffers()[1].size) != numbers.nbytes:  # it holds another type
+        raise ValueError(f"{len(values)} values of {numbers.dtype} in {size} bytes")
+    return numbers, offsets
+
+
+def _loss_mask(
+    offsets: NDArray[np.int32], bounds: NDArray[np.uint32], rows: NDArray[np.int32]
+) -> NDArray[np.bool_]:
+    """Bool [tokens] from spans: document d has the bounds start, stop, … from rows[d] to rows[d + 1]."""
+    counts = np.diff(rows)
+    begins, ends = (np.repeat(edge, counts).astype(np.int64) for edge in (offsets[:-1], offsets[1:]))
+    places = begins + bounds
+    starts, stops = places[::2], places[1::2]
+    ascending = (places[1:] >= places[:-1]).all()
+    if (counts % 2).any() or (places > ends).any() or not ascending or (starts >= stops).any():
+        raise ValueError("loss_mask spans that are not ascending pairs inside their document")
+    runs = np.diff(places, prepend=0, append=int(offsets[-1]))
+    mask = np.repeat(np.arange(runs.size) % 2 == 1, runs)
+    mask.setflags(write=False)
+    return mask
 
 
 def check_declared_size(message: pa.Message, manifest: Manifest, documents: int, tokens: int) -> None:
@@ -35,8 +117,8 @@ def check_declared_size(message: pa.Message, manifest: Manifest, documents: int,
     table = _follow(meta, _field(meta, _follow(meta, 0), 2))  # Message.header, a RecordBatch
     if not _field(meta, table, 3):  # RecordBatch.compression: nothing will be unpacked
         return
-    if manifest.compression is None:
-        raise ValueError("compressed, though the dataset is not")
+    if manifest.compression not in ("lz4", "zstd"):
+        raise ValueError("compressed, though the dataset's record batches are not")
     body = memoryview(message.body)
     vector = _follow(meta, _field(meta, table, 2))  # RecordBatch.buffers: structs of offset, length
     (count,) = struct.unpack_from("<I", meta, vector)
@@ -48,7 +130,8 @@ def check_declared_size(message: pa.Message, manifest: Manifest, documents: int,
                 raise ValueError("a buffer outside its message")
             # −1 says "stored as it is"; Arrow then takes no more than `length`.
             declared += max(struct.unpack_from("<q", body, offset)[0], 0)
-    limit = tokens * manifest.dtype.itemsize + documents * (2 * MAX_NAME_BYTES + 16) + 4096
+    spans = 8 * tokens + 4 * documents if manifest.has_loss_mask else 0
+    limit = tokens * manifest.dtype.itemsize + documents * (2 * MAX_NAME_BYTES + 16) + spans + 4096
     if declared > limit:
         raise ValueError(f"{declared} bytes after decompression, at most {limit} expected")
 

@@ -32,6 +32,7 @@ from megalite.errors import ConfigError, DataError
 
 ATTEMPTS = 64  # samples tried in place of one that cannot be read
 PLANNED = 512  # samples whose places are worked out together, for that costs little more than one
+MAX_HINTED = 1024  # record batches remembered as already asked for
 
 Ints = NDArray[np.int64]
 
@@ -44,13 +45,39 @@ class Share(NamedTuple):
     rank: int = 0
     world: int = 1
 
+    @property
+    def samples(self) -> int:
+        """How many samples of a step are the rank's."""
+        return self.global_batch_size // self.world
+
+    def check(self) -> None:
+        """The sizes must divide.
+
+        Raises:  ConfigError
+        """
+        whole, micro, _, world = self
+        if whole % (world * micro):
+            raise ConfigError(
+                f"train.global_batch_size={whole} is not a multiple of train.micro_batch_size={micro} × "
+                f"{world} processes"
+            )
+
+
+class _Step(NamedTuple):
+    """A rank's samples of one step, int64 [micro-batches, micro] each, and the length of their rows."""
+
+    ids: Ints
+    sources: Ints
+    samples: Ints
+    row_len: int
+
 
 def open_datasets(paths: Iterable[str]) -> list[Dataset]:
     """Open the dataset of every source.
 
     Raises:  DataError if one cannot be opened
     """
-    return [Dataset(Path(path)) for path in paths]
+    return [Dataset(path) for path in paths]
 
 
 def check_same_tokenizer(datasets: Sequence[Dataset]) -> None:
@@ -116,6 +143,7 @@ class DataLoader:
         self.bad_blocks: dict[tuple[str, int], str] = {}  # (file, record batch) → what is wrong with it
         self.quarantine([Replacement(-1, *bad) for _, table in self._tables for bad in table.damaged])
         self._gone: dict[str, int] = {}  # cursors of sources that a run has had and no longer has
+        self._hinted: list[set[int]] = [set() for _ in self.datasets]
         self.skips = Skips()
         self.blend = Blend(self._phases, self._limits)
 
@@ -195,9 +223,9 @@ class DataLoader:
     def check_length(self, positions: int) -> None:
         """A run that consumes so many samples must not run out of data.
 
-        Raises:  ConfigError if `max_epochs` of all sources allow fewer
+        Raises:  DataError if `max_epochs` of all sources allow fewer
         """
-        self.blend.check_length(self.skips.index_at(positions - 1) + 1)
+        self.blend.check(self.skips.index_at(positions - 1))
 
     def quarantine(self, found: Iterable[Replacement]) -> None:
         """Count the record batches that these samples lie in as damaged. All ranks must be told alike.
@@ -252,36 +280,69 @@ class DataLoader:
 
         Raises:  ConfigError if the sizes do not divide; DataError as `batch` does
         """
-        return next(self._steps(position, share, planned=1))
+        share.check()
+        return self._read(*self._plan(position, share, 1)[0])
 
     def steps(self, position: int, share: Share, prefetch: int = 2) -> ReadAhead[list[Batch]]:
-        """The endless run of steps from `position` on, `prefetch` of them read ahead by one thread.
+        """The run of steps from `position` on, `prefetch` of them read ahead by one thread. It has no end but
+        that of the data, a DataError.
 
         Raises:  ConfigError if the sizes do not divide
         """
-        planned = max(1, PLANNED * share.world // share.global_batch_size)
-        return ReadAhead(self._steps(position, share, planned), prefetch)
+        share.check()
+        return ReadAhead(self._steps(position, share), prefetch)
 
-    def _steps(self, position: int, share: Share, planned: int) -> Iterator[list[Batch]]:
-        whole, micro, _, world = share
-        if whole % (world * micro):
-            raise ConfigError(
-                f"train.global_batch_size={whole} is not a multiple of train.micro_batch_size={micro} × "
-                f"{world} processes"
-            )
-        return self._read_steps(position, share, planned)
-
-    def _read_steps(self, position: int, share: Share, planned: int) -> Iterator[list[Batch]]:
-        whole, micro, rank, world = share
-        mine = np.arange(whole // world, dtype=np.int64) + rank * (whole // world)
+    def _steps(self, position: int, share: Share) -> Iterator[list[Batch]]:
+        planned = max(1, PLANNED // share.samples)
+        ahead = self._plan(position, share, planned)
         while True:
-            begins = np.arange(position, position + planned * whole, whole, dtype=np.int64)
-            ids = self.skips.index((begins[:, None] + mine).ravel())
-            parts = [array.reshape(planned, -1, micro) for array in (ids, *self.locate(ids))]
-            row_lens = self._seq_lens.at(self.skips.index(begins)).tolist()
-            for row_len, *step in zip(row_lens, *parts, strict=True):
-                yield [self._gather(*part, row_len=row_len) for part in zip(*step, strict=True)]
-            position += planned * whole
+            plan = ahead
+            position += len(plan) * share.global_batch_size
+            if not self._is_past(position, share):
+                ahead = self._plan(position, share, planned)
+                self._hint(ahead)
+            for step in plan:
+                yield self._read(*step)
+            if ahead is plan:
+                ahead = self._plan(position, share, 1)  # raises
+
+    def _is_past(self, position: int, share: Share) -> bool:
+        """Whether the step at `position` has samples that no source can give."""
+        end = self.blend.end
+        return end is not None and self.skips.index_at(position + share.global_batch_size - 1) >= end
+
+    def _plan(self, position: int, share: Share, steps: int) -> list[_Step]:
+        """Where the samples of the next steps are: all of these that the data lasts for.
+
+        Raises:  DataError if it does not last for the first
+        """
+        whole, micro, rank, _ = share
+        while steps > 1 and self._is_past(position + (steps - 1) * whole, share):
+            steps -= 1
+        begins = np.arange(position, position + steps * whole, whole, dtype=np.int64)
+        mine = np.arange(share.samples, dtype=np.int64) + rank * share.samples
+        ids = self.skips.index((begins[:, None] + mine).ravel())
+        self.blend.check(self.skips.index_at(position + whole - 1))
+        parts = [array.reshape(steps, -1, micro) for array in (ids, *self.locate(ids))]
+        row_lens = self._seq_lens.at(self.skips.index(begins)).tolist()
+        return [_Step(*step) for step in zip(*parts, row_lens, strict=True)]
+
+    def _hint(self, plan: list[_Step]) -> None:
+        """Let the datasets begin to read what the plan needs and no plan before it did."""
+        sources = np.concatenate([step.sources.ravel() for step in plan])
+        samples = np.concatenate([step.samples.ravel() for step in plan])
+        for source, dataset in enumerate(self.datasets):
+            hinted = self._hinted[source]
+            needed = self._packings[source].blocks(samples[sources == source]).tolist()
+            if fresh := [number for number in needed if number not in hinted]:
+                dataset.prefetch(fresh)
+            if len(hinted) > MAX_HINTED:
+                hinted.clear()
+            hinted.update(fresh)
+
+    def _read(self, ids: Ints, sources: Ints, samples: Ints, row_len: int) -> list[Batch]:
+        """The micro-batches of a step."""
+        return [self._gather(*part, row_len=row_len) for part in zip(ids, sources, samples, strict=True)]
 
     def _gather(self, ids: Ints, sources: Ints, samples: Ints, *, row_len: int) -> Batch:
         rows = Rows(len(ids), self.seq_len, self._dtype, self.config.document_mask)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,17 +33,6 @@ class Packing(Protocol):
         """Numbers of the record batches that hold these samples, ascending."""
 
 
-class _Open(NamedTuple):
-    """A block that begins at token `begin` of the stream; `places` are its offsets, where bisect reads them
-    faster."""
-
-    begin: int
-    tokens: NDArray[Any]
-    offsets: NDArray[np.int32]
-    places: memoryview
-    loss_mask: NDArray[np.bool_] | None
-
-
 class Concat:
     """Sample k is the tokens [k·seq_len, k·seq_len + seq_len] of the stream, the last as a label only.
 
@@ -63,17 +51,18 @@ class Concat:
         self.layout = EvenChunks(samples, max(1, CHUNK_TOKENS // seq_len), window)
         self._dataset, self._seq_len = dataset, seq_len
         self._ends: list[int] = dataset.block_ends.tolist()  # bisect is fastest on a list
-        self._open = lru_cache(maxsize=OPEN_BLOCKS)(self._open_block)
 
     def fill(self, sample: int, rows: Rows, row: int) -> None:
         """See `Packing`."""
         # A few µs a row: a thousandth more here is a thousandth less of all the loader can read.
         position = sample * self._seq_len
         number = bisect_right(self._ends, position)
-        begin, tokens, offsets, places, loss_mask = self._open(number)
-        low = position - begin
+        block = self._dataset.block(number)
+        tokens, places = block.tokens, block.places
+        size = len(tokens)
+        low = position - self._ends[number] + size
         last = low + self._seq_len
-        if last >= len(tokens):
+        if last >= size:
             self._fill_across(number, low, rows, row)
             return
         rows.stream[row] = tokens[low : last + 1]
@@ -82,17 +71,17 @@ class Concat:
             first = bisect_right(places, low)
             stop = bisect_right(places, last, first)
             if stop > first:
-                rows.mark_documents(row, offsets[first:stop], low)
-        if loss_mask is not None:
-            rows.mask_loss(row, loss_mask[low : last + 1])
+                rows.mark_documents(row, block.offsets[first:stop], low)
+        if block.loss_mask is not None:
+            rows.mask_loss(row, block.loss_mask[low : last + 1])
 
     def _fill_across(self, number: int, low: int, rows: Rows, row: int) -> None:
         """`fill` from place `low` of a block on into those after it."""
         out = rows.stream[row]
-        opened = [self._open(number)]
+        opened = [self._dataset.block(number)]
         filled = opened[0].tokens[low:].size
         while filled < out.size:  # all are opened first, so that a damaged one leaves nothing half done
-            opened.append(self._open(number + len(opened)))
+            opened.append(self._dataset.block(number + len(opened)))
             filled += opened[-1].tokens.size
         counts = np.ones(out.size, dtype=np.bool_)
         filled = -low
@@ -109,11 +98,6 @@ class Concat:
             filled += block.tokens.size
         if not counts.all():
             rows.mask_loss(row, counts)
-
-    def _open_block(self, number: int) -> _Open:
-        block = self._dataset.block(number)
-        begin = self._ends[number] - block.tokens.size
-        return _Open(begin, block.tokens, block.offsets, block.offsets.data, block.loss_mask)
 
     def blocks(self, samples: Ints) -> Ints:
         """See `Packing`."""

@@ -72,8 +72,8 @@ class Blend:
 
         Raises:  DataError past the end of all sources
         """
-        if self.end is not None and index.size and int(index.max()) >= self.end:
-            raise DataError(self._exhausted(int(index.max())))
+        if index.size:
+            self.check(int(index.max()))
         source, nth = np.empty_like(index), np.empty_like(index)
         number = np.searchsorted(self._starts, index, side="right") - 1
         for n in sorted(set(number.tolist())):
@@ -91,13 +91,16 @@ class Blend:
         found: list[int] = segment.cursors_at(at).tolist()
         return found
 
-    def check_length(self, samples: int) -> None:
-        """A run of so many samples must not run out of data.
+    def check(self, index: int) -> None:
+        """A global sample must exist.
 
-        Raises:  ConfigError
+        Raises:  DataError past the end of all sources
         """
-        if self.end is not None and samples > self.end:
-            raise ConfigError(self._exhausted(samples - 1))
+        if self.end is not None and index >= self.end:
+            raise DataError(
+                f"global sample {index} is past the data: by sample {self.end} every source with a share had "
+                "given all that its max_epochs allows; train fewer steps, raise max_epochs, or add a source"
+            )
 
     def _plan(self, phases: list[Phase], cursors: Ints) -> None:
         """Fill `_segments` from the origin to the last change, and set `end`."""
@@ -132,12 +135,6 @@ class Blend:
                 return
             at = min(changes)
             cursors = segment.cursors_at(at)
-
-    def _exhausted(self, index: int) -> str:
-        return (
-            f"global sample {index} is past the data: by sample {self.end} every source with a share had "
-            "given all that its max_epochs allows; train fewer steps, raise max_epochs, or add a source"
-        )
 
 
 class Skips:

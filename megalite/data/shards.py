@@ -1,57 +1,64 @@
 """The shard format: documents of token ids in Arrow files, written once, read by memory map.
 
-A dataset is a folder:
+A dataset is a folder, on this machine or at an address:
 
     manifest.json                            counts, offsets and CRCs of everything below
     tokenizer.json [tokenizer_config.json]   what the ids mean
-    shard_00000.arrow …                      Arrow IPC files, documents in stored order
+    shard_00000.arrow[.zst] …                Arrow IPC files, documents in stored order
 
-A record batch has the columns `tokens: list<uint16 | uint32>`, `doc_id: string`, `source: string`;
-one row is one document, its end-of-document token included. Any Arrow reader opens the files; this
-one goes straight to a batch by its manifest offset and trusts a byte only after the batch's CRC.
+A record batch has the columns `tokens: list<uint16 | uint32>`, `doc_id: string`, `source: string`
+and perhaps `loss_mask: list<uint32>`; one row is one document, its end-of-document token included.
+Any Arrow reader opens the files; this one goes straight to a batch by its manifest offset and
+trusts a byte only after the batch's CRC.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
 import zlib
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from megalite.data.ipc import check_declared_size, shard_schema
+from megalite.data.cache import ShardCache
+from megalite.data.folder import CHUNK_BYTES, REMEDY, LocalFolder
+from megalite.data.ipc import REFUSALS, Parts, decode, shard_schema
 from megalite.data.manifest import (
     BYTES,
-    CRC32,
-    DOCUMENTS,
+    MANIFEST_FILE,
     OFFSET,
     TOKENS,
     TokenizerInfo,
-    data_file,
     load_manifest,
 )
-from megalite.data.tokenizer import CONFIG_FILE, MAX_TOKENIZER_BYTES, TOKENIZER_FILE, fingerprint
+from megalite.data.maps import CorruptShardError, ShardMaps
+from megalite.data.remote import is_remote, open_folder
+from megalite.data.tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, fingerprint
 from megalite.errors import DataError
 
-OPEN_SHARDS = 64
-OPEN_VIEWS = 256  # uncompressed batches: a few hundred bytes each, they point into the map
-OPEN_DECODED = 128  # compressed batches: 256–512 KiB each
+OPEN_BLOCKS = 256
+OPEN_BLOCKS_BYTES = 64 << 20  # of blocks that are not views of a map: unpacked, or with a loss mask
 
-_REMEDY = "restore the file or rebuild the dataset"
+_NO_BOUNDARIES = np.empty(0, dtype=np.int64)
+_NO_BOUNDARIES.setflags(write=False)
 
 
 class Document(NamedTuple):
-    """One stored document: tokens uint16|uint32 [tokens], read-only, its eos included."""
+    """One stored document: tokens uint16|uint32 [tokens], read-only, its eos included.
+
+    `loss_mask` is bool [tokens], or None where every token counts for the loss.
+    """
 
     doc_id: str
     source: str
     tokens: NDArray[Any]
+    loss_mask: NDArray[np.bool_] | None = None
 
 
 class Span(NamedTuple):
@@ -73,31 +80,28 @@ class Block:
              d is tokens[offsets[d]:offsets[d + 1]]; loss_mask bool [n], or None where every token counts
     """
 
-    __slots__ = ("_names", "loss_mask", "offsets", "tokens")
+    __slots__ = ("_batch", "loss_mask", "offsets", "places", "tokens")
 
-    def __init__(
-        self,
-        tokens: NDArray[Any],
-        offsets: NDArray[np.int32],
-        loss_mask: NDArray[np.bool_] | None,
-        names: pa.RecordBatch,
-    ) -> None:
-        self.tokens = tokens
-        self.offsets = offsets
-        self.loss_mask = loss_mask
-        self._names = names
+    def __init__(self, parts: Parts) -> None:
+        self.tokens, self.offsets, self.loss_mask, self._batch = parts
+        self.places = self.offsets.data  # the same numbers; bisect is faster on these
 
     @property
     def doc_ids(self) -> list[str]:
         """The documents' names, made into strings when asked for."""
-        names: list[str] = self._names.column("doc_id").to_pylist()
+        names: list[str] = self._batch.column("doc_id").to_pylist()
         return names
 
     @property
     def sources(self) -> list[str]:
         """The documents' sources, made into strings when asked for."""
-        names: list[str] = self._names.column("source").to_pylist()
+        names: list[str] = self._batch.column("source").to_pylist()
         return names
+
+    def encoded_sources(self) -> tuple[NDArray[np.int32], list[str]]:
+        """Sources as numbers: int32 [documents], each a place in the list of names."""
+        encoded = self._batch.column("source").dictionary_encode()
+        return encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
 
 
 class CorruptBlockError(DataError):
@@ -107,7 +111,7 @@ class CorruptBlockError(DataError):
     """
 
     def __init__(self, file: str, batch: int, block: int, reason: str) -> None:
-        super().__init__(f"{file}: record batch {batch} {reason}; {_REMEDY}")
+        super().__init__(f"{file}: record batch {batch} {reason}; {REMEDY}")
         self.file = file
         self.batch = batch
         self.block = block
@@ -115,38 +119,40 @@ class CorruptBlockError(DataError):
 
 
 class Dataset:
-    """A dataset folder, opened by its manifest alone and read as one long stream of tokens.
+    """A dataset, opened by its manifest alone and read as one long stream of tokens.
 
-    The stream is every document in stored order. Shards are mapped when first touched, each record
-    batch is checked (CRC, Arrow's own validation, counts, token range) when first opened, and only
-    a bounded number of either stays open.
+    The stream is every document in stored order. A record batch is called a block. Shards are mapped
+    (fetched and unpacked into `cache` first, if need be) when first touched, each block is checked
+    (CRC, Arrow's own validation, counts, offsets, token range) when first opened, and only a bounded
+    number of either stays open. Several threads may read at once.
 
-    Raises:  DataError if the folder, a file or the manifest is missing, truncated or at odds
+    Raises:  DataError if the folder, the manifest or the tokenizer is missing, damaged or at odds
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.manifest = load_manifest(self.path)
-        self._schema = shard_schema(self.manifest.dtype)
-        for shard in self.manifest.shards:
-            file, size = data_file(self.path, shard.file)
-            if size != shard.bytes:
-                raise DataError(f"{file} has {size} bytes, expected {shard.bytes}; {_REMEDY}")
+    def __init__(self, path: str | Path, *, cache: ShardCache | None = None) -> None:
+        self.path: str | Path = str(path) if is_remote(path) else Path(path)
+        self._folder = open_folder(path)
+        if isinstance(self._folder, LocalFolder):
+            _check_folder(self._folder.path)
+        self.manifest = load_manifest(self._folder)
         self._check_tokenizer()
         shards = self.manifest.shards
-        tokens = np.concatenate([shard.batches[:, TOKENS] for shard in shards])
-        self.block_ends: NDArray[np.int64] = np.cumsum(tokens)
+        table = np.concatenate([shard.batches for shard in shards])
+        self.block_ends: NDArray[np.int64] = np.cumsum(table[:, TOKENS])
         self.block_ends.setflags(write=False)
-        # A list because bisect on a list is several times faster than numpy on one number.
+        # Lists because bisect on a list is several times faster than numpy on one number.
         self._ends: list[int] = self.block_ends.tolist()
-        self._place = [(s, b) for s, shard in enumerate(shards) for b in range(len(shard.batches))]
-        self._verified = bytearray(len(self._place))
+        self._first_blocks: list[int] = np.cumsum([0, *(len(shard.batches) for shard in shards)]).tolist()
         self.num_blocks = len(self._ends)
         self.total_tokens = self._ends[-1]
         self.num_documents = self.manifest.documents
-        self._map = lru_cache(OPEN_SHARDS)(self._map_shard)
-        views = OPEN_VIEWS if self.manifest.compression is None else OPEN_DECODED
-        self._block = lru_cache(views)(self._open_block)
+        self._schema = shard_schema(self.manifest.dtype, self.manifest.has_loss_mask)
+        self._maps = ShardMaps(self._folder, self.manifest, cache, weakref.WeakMethod(self._close_shard))
+        self._renewed: set[int] = set()
+        self._checked = bytearray(self.num_blocks)
+        self._open: OrderedDict[int, tuple[Block, int]] = OrderedDict()
+        self._open_bytes = 0
+        self._lock = threading.Lock()
 
     @property
     def tokenizer(self) -> TokenizerInfo:
@@ -162,11 +168,19 @@ class Dataset:
         """Block `number` of [0, num_blocks): tokens [block_ends[number − 1], block_ends[number]).
 
         Raises:  IndexError outside the range; CorruptBlockError if it is damaged, every time it is asked for;
-                 DataError if its shard is missing or has another size
+                 DataError if its shard is missing, of another size or out of reach
         """
+        try:  # the usual case, in well under a microsecond
+            found = self._open[number]
+            self._open.move_to_end(number)
+            return found[0]
+        except KeyError:
+            pass
         if not 0 <= number < self.num_blocks:
             raise IndexError(f"block {number} of {self.num_blocks} in {self.path}")
-        return self._block(number)
+        block = self._open_block(number)
+        self._keep(number, block)
+        return block
 
     def read(self, start: int, stop: int) -> Span:
         """Tokens [start, stop) of the stream; a read-only view of the file where that is possible.
@@ -178,13 +192,14 @@ class Dataset:
         parts = []
         number, position = bisect_right(self._ends, start), start
         while position < stop:
-            block = self._block(number)
-            end = self._ends[number]
+            block, end = self.block(number), self._ends[number]
             begin = end - block.tokens.size
             low, high = position - begin, min(stop, end) - begin
-            # Keys of the array's own type: any other makes numpy convert the whole array first.
-            first, last = block.offsets[:-1].searchsorted(np.array((low, high), dtype=np.int32))
-            boundaries = block.offsets[first:last].astype(np.int64) + (begin - start)
+            first = bisect_left(block.places, low)
+            last = bisect_left(block.places, high, first, len(block.places) - 1)
+            boundaries = _NO_BOUNDARIES
+            if first < last:
+                boundaries = np.add(block.offsets[first:last], begin - start, dtype=np.int64)
             mask = None if block.loss_mask is None else block.loss_mask[low:high]
             parts.append(Span(block.tokens[low:high], boundaries, mask))
             number, position = number + 1, end
@@ -196,118 +211,129 @@ class Dataset:
         Raises:  as `block` does
         """
         for number in range(self.num_blocks):
-            block = self._block(number)
-            for n, (doc_id, source) in enumerate(zip(block.doc_ids, block.sources, strict=True)):
-                yield Document(doc_id, source, block.tokens[block.offsets[n] : block.offsets[n + 1]])
+            block = self.block(number)
+            places = zip(block.places[:-1], block.places[1:], strict=True)
+            for doc_id, source, (start, stop) in zip(block.doc_ids, block.sources, places, strict=True):
+                mask = None if block.loss_mask is None else block.loss_mask[start:stop]
+                yield Document(doc_id, source, block.tokens[start:stop], mask)
+
+    def prefetch(self, blocks: Iterable[int]) -> None:
+        """Begin to read these blocks and return at once: from disk, or their shards over the network.
+
+        A hint: of many shards only the last few are fetched, and errors are left to `block`.
+        """
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for number in blocks:
+            shard, row = self.place(number)
+            start, size = self.manifest.shards[shard].batches[row, [OFFSET, BYTES]].tolist()
+            wanted.setdefault(shard, []).append((start, start + size))
+        for shard, ranges in wanted.items():
+            self._maps.prefetch(shard, ranges)
+
+    def file_chunks(self, shard: int) -> Iterator[Any]:
+        """The bytes of a shard's file as stored, in chunks, unchecked.
+
+        Raises:  DataError if it is missing, of another size or out of reach
+        """
+        info = self.manifest.shards[shard]
+        if self.manifest.compression == "zstd-shard":
+            yield from self._folder.stream(info.file, info.bytes)
+            return
+        data = memoryview(self._maps.map(shard))
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield data[start : start + CHUNK_BYTES]
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Shard of a block, and its record batch there."""
+        shard = bisect_right(self._first_blocks, number) - 1
+        return shard, number - self._first_blocks[shard]
 
     def _joined(self, parts: list[Span]) -> Span:
         """One span of several neighbours, or of none."""
         tokens = [np.empty(0, dtype=self.manifest.dtype), *(part.tokens for part in parts)]
-        boundaries = [np.empty(0, dtype=np.int64), *(part.boundaries for part in parts)]
-        masks = [part.loss_mask for part in parts if part.loss_mask is not None]
-        return Span(
-            np.concatenate(tokens), np.concatenate(boundaries), np.concatenate(masks) if masks else None
-        )
+        boundaries = [_NO_BOUNDARIES, *(part.boundaries for part in parts)]
+        mask = None
+        if self.manifest.has_loss_mask:
+            masks = [part.loss_mask for part in parts if part.loss_mask is not None]
+            mask = np.concatenate([np.empty(0, dtype=np.bool_), *masks])
+        return Span(np.concatenate(tokens), np.concatenate(boundaries), mask)
 
     def _check_tokenizer(self) -> None:
-        path, size = data_file(self.path, TOKENIZER_FILE)
-        if size > MAX_TOKENIZER_BYTES:
-            raise DataError(f"{path} has {size} bytes; a tokenizer has at most {MAX_TOKENIZER_BYTES}")
-        found = fingerprint(path.read_bytes(), self.tokenizer.eos_id)
+        content = self._folder.read(TOKENIZER_FILE, MAX_TOKENIZER_BYTES)
+        found = fingerprint(content, self.tokenizer.eos_id)
         if found != self.tokenizer.fingerprint:
             raise DataError(
-                f"{path} is not the tokenizer of this dataset: fingerprint {found[:16]}…, the manifest says "
-                f"{self.tokenizer.fingerprint[:16]}…; {_REMEDY}"
+                f"{self._folder.locate(TOKENIZER_FILE)} is not the tokenizer of this dataset: fingerprint "
+                f"{found[:16]}…, the manifest says {self.tokenizer.fingerprint[:16]}…; {REMEDY}"
             )
-        if (self.path / CONFIG_FILE).exists():
-            data_file(self.path, CONFIG_FILE)
 
-    def _map_shard(self, number: int) -> pa.Buffer:
-        shard = self.manifest.shards[number]
-        path, _ = data_file(self.path, shard.file)
-        with disk_errors(path, "read"), pa.memory_map(str(path)) as file:
-            buffer = file.read_buffer()
-        if buffer.size != shard.bytes:
-            raise DataError(f"{path} has {buffer.size} bytes, expected {shard.bytes}; {_REMEDY}")
-        return buffer
+    def _keep(self, number: int, block: Block) -> None:
+        """Remember an opened block, and forget the least recently used beyond the bounds."""
+        size = 0 if block.loss_mask is None else block.loss_mask.nbytes
+        if self.manifest.compression in ("lz4", "zstd"):
+            size += block.tokens.nbytes + block.offsets.nbytes
+        with self._lock:
+            self._forget(number)
+            self._open[number] = block, size
+            self._open_bytes += size
+            while len(self._open) > 1 and (
+                len(self._open) > OPEN_BLOCKS or self._open_bytes > OPEN_BLOCKS_BYTES
+            ):
+                self._forget(next(iter(self._open)))
+
+    def _forget(self, number: int) -> None:
+        _, size = self._open.pop(number, (None, 0))
+        self._open_bytes -= size
+
+    def _close_shard(self, shard: int) -> None:
+        """Drop what points into a shard that is let go of; a copy may come back with other bytes."""
+        blocks = range(self._first_blocks[shard], self._first_blocks[shard + 1])
+        with self._lock:
+            if self._maps.are_copies:
+                self._checked[blocks.start : blocks.stop] = bytes(len(blocks))
+            for number in [number for number in self._open if number in blocks]:
+                self._forget(number)
 
     def _open_block(self, number: int) -> Block:
-        shard_number, row_number = self._place[number]
-        shard = self.manifest.shards[shard_number]
-        row = [int(value) for value in shard.batches[row_number]]
-        message = self._map(shard_number).slice(row[OFFSET], row[BYTES])
-        first = not self._verified[number]
+        shard, row = self.place(number)
+        info = self.manifest.shards[shard]
+        offset, size, crc, documents, tokens = info.batches[row].tolist()
 
         def corrupt(reason: str) -> CorruptBlockError:
-            return CorruptBlockError(str(self.path / shard.file), row_number, number, reason)
+            return CorruptBlockError(self._folder.locate(info.file), row, number, reason)
 
-        if first and (crc := zlib.crc32(message)) != row[CRC32]:
-            raise corrupt(f"is corrupt: CRC {crc:#010x}, expected {row[CRC32]:#010x}")
         try:
-            block = self._decode(message, row, first)
-        except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
-            reason = str(error).partition("\n")[0]
+            data = self._maps.map(shard).slice(offset, size)
+            is_checked = bool(self._checked[number])  # after `map`, which may have made a copy anew
+            found = crc if is_checked else zlib.crc32(data)
+            if found != crc and self._renew(shard):
+                data = self._maps.map(shard).slice(offset, size)
+                found = zlib.crc32(data)
+        except CorruptShardError as error:
+            raise corrupt(f"cannot be read: {error}") from None
+        if found != crc:
+            raise corrupt(f"is corrupt: CRC {found:#010x}, expected {crc:#010x}")
+        try:
+            block = Block(decode(data, self._schema, self.manifest, documents, tokens, is_checked))
+        except REFUSALS as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
             raise corrupt(f"is not what the manifest says: {reason}") from None
-        self._verified[number] = 1
+        self._checked[number] = 1
         return block
 
-    def _decode(self, data: pa.Buffer, row: list[int], first: bool) -> Block:
-        """Arrow bytes to arrays. A matching CRC proves they arrived, not that they are harmless."""
-        message = pa.ipc.read_message(data)
-        if message.type != "record batch":
-            raise ValueError(f"a {message.type} message")
-        check_declared_size(message, self.manifest, row[DOCUMENTS], row[TOKENS])
-        batch = pa.ipc.read_record_batch(message, self._schema)
-        if first:
-            batch.validate(full=True)
-        lists = batch.column("tokens")
-        values = lists.values
-        if lists.offset or batch.num_rows != row[DOCUMENTS] or len(values) != row[TOKENS]:
-            raise ValueError(
-                f"{batch.num_rows} documents, {len(values)} tokens, not {row[DOCUMENTS]}, {row[TOKENS]}"
-            )
-        if values.null_count or any(column.null_count for column in batch.columns):
-            raise ValueError("nulls")
-        offsets = np.frombuffer(lists.buffers()[1], dtype=np.int32, count=batch.num_rows + 1)
-        tokens = values.to_numpy(zero_copy_only=True)
-        if first:
-            if offsets[0] != 0 or offsets[-1] != tokens.size or (np.diff(offsets) < 1).any():
-                raise ValueError("document offsets that do not cover its tokens")
-            if int(tokens.max()) >= self.vocab_size:
-                raise ValueError(f"token {int(tokens.max())} beyond vocab_size={self.vocab_size}")
-        return Block(tokens, offsets, None, batch)
+    def _renew(self, shard: int) -> bool:
+        """Make a damaged copy of a shard anew, once: the cache's disk may be to blame, not the dataset."""
+        if not self._maps.are_copies or shard in self._renewed:
+            return False
+        self._renewed.add(shard)
+        self._maps.renew(shard)
+        return True
 
 
-def verify(path: str | Path, progress: Callable[[int, int], None] | None = None) -> Dataset:
-    """Check every byte of a dataset: each file's CRC, then every record batch. Returns it opened.
-
-    `progress(done, total)` is called with bytes as the check goes on.
-
-    Raises:  DataError naming the first file or batch that is wrong
-    """
-    dataset = Dataset(path)
-    total, done, number = sum(shard.bytes for shard in dataset.manifest.shards), 0, 0
-    for shard in dataset.manifest.shards:
-        file, crc = dataset.path / shard.file, 0
-        with disk_errors(file, "read"), file.open("rb") as stream:
-            while block := stream.read(8 << 20):
-                crc = zlib.crc32(block, crc)
-                done += len(block)
-                if progress is not None:
-                    progress(done, total)
-        for batch in range(number, number + len(shard.batches)):
-            dataset._open_block(batch)
-        number += len(shard.batches)
-        if crc != shard.crc32:  # after the batches, whose errors say more
-            raise DataError(f"{file} is corrupt: CRC {crc:#010x}, expected {shard.crc32:#010x}; {_REMEDY}")
-    return dataset
-
-
-@contextmanager
-def disk_errors(path: Path, action: str = "write") -> Iterator[None]:
-    """Turn an operating system's refusal into the one line a user needs."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"cannot {action} {path}: {reason}; check space and permissions") from None
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise DataError(f"no dataset folder {path}; make one with: megalite data tokenize --to …")
+    if not (path / MANIFEST_FILE).exists():
+        inside = [child.name for child in (path / "train", path / "valid") if child.is_dir()]
+        hint = f"did you mean {path / inside[0]}?" if inside else "it is not a finished dataset"
+        raise DataError(f"{path} holds no {MANIFEST_FILE}; {hint}")

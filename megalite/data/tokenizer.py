@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megalite.data.remote import is_remote, open_folder
 from megalite.errors import DataError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -225,24 +226,41 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
 
 
 def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
-    """Read a tokenizer from a `tokenizer.json` or from a folder that holds one.
+    """Read a tokenizer from a `tokenizer.json`, from a folder that holds one, or from a dataset's address.
 
     The end-of-document token is `eos_token`, else the one a `tokenizer_config.json` beside it
     names, else the first well-known name in the vocabulary.
 
     Raises:  DataError naming the file, what is wrong and the remedy
     """
+    if is_remote(path):
+        return _load_remote(str(path), eos_token)
     path = Path(path)
     if path.is_dir():
         path = path / TOKENIZER_FILE
     content = _read_text(path)
-    try:
-        table = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
-    if isinstance(table, dict) and table.get("megalite") == "byte":
+    if _is_byte(content, str(path)):
         return ByteTokenizer()
-    return JsonTokenizer(content, eos_token or _eos_from_config(path.with_name(CONFIG_FILE)), str(path))
+    config = path.with_name(CONFIG_FILE)
+    if eos_token is None and config.exists():
+        eos_token = _eos_from_config(_read_text(config), str(config))
+    return JsonTokenizer(content, eos_token, str(path))
+
+
+def _load_remote(address: str, eos_token: str | None) -> Tokenizer:
+    folder = open_folder(address)
+
+    def text(name: str) -> str:
+        try:
+            return folder.read(name, MAX_TOKENIZER_BYTES).decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"cannot read {folder.locate(name)}: {error}") from None
+
+    content = text(TOKENIZER_FILE)
+    if _is_byte(content, folder.locate(TOKENIZER_FILE)):
+        return ByteTokenizer()
+    eos_token = eos_token or _eos_from_config(text(CONFIG_FILE), folder.locate(CONFIG_FILE))
+    return JsonTokenizer(content, eos_token, folder.locate(TOKENIZER_FILE))
 
 
 def fingerprint(content: bytes, eos_id: int) -> str:
@@ -261,14 +279,21 @@ def _read_text(path: Path) -> str:
         raise DataError(f"cannot read {path}: {error}") from None
 
 
-def _eos_from_config(path: Path) -> str | None:
-    """The eos token's name; older files hold it as an object with its content."""
-    if not path.exists():
-        return None
+def _is_byte(content: str, origin: str) -> bool:
+    """Whether a tokenizer.json is our own byte tokenizer's."""
     try:
-        token = json.loads(_read_text(path)).get("eos_token")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} is not a tokenizer configuration: {error}") from None
+        table = json.loads(content)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise DataError(f"{origin} is not valid JSON: {error}") from None
+    return isinstance(table, dict) and table.get("megalite") == "byte"
+
+
+def _eos_from_config(content: str, origin: str) -> str | None:
+    """The eos token's name; older files hold it as an object with its content."""
+    try:
+        token = json.loads(content).get("eos_token")
+    except (ValueError, AttributeError, RecursionError, MemoryError) as error:
+        raise DataError(f"{origin} is not a tokenizer configuration: {error}") from None
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None

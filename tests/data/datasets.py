@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.verify import find_faults
 from megalite.config import DataConfig
+from megalite.data import manifest as manifest_module
 from megalite.data.loader import DataLoader
 from megalite.data.shards import Block, CorruptBlockError, Dataset
 from megalite.data.tokenizer import ByteTokenizer
@@ -33,11 +37,12 @@ def random_documents(
 
 
 def write(folder: Path, documents: Sequence[NDArray[np.int64]], **options: object) -> Dataset:
-    """A dataset of these documents, ids doc0, doc1, …"""
+    """A dataset of these documents, ids doc0, doc1, …, perhaps with `spans` that count for the loss."""
     tokenizer = options.pop("tokenizer", ByteTokenizer())
-    with ShardWriter(folder, tokenizer, **options) as writer:  # type: ignore[arg-type]
+    spans: Any = options.pop("spans", None)
+    with ShardWriter(folder, tokenizer, has_loss_mask=spans is not None, **options) as writer:  # type: ignore[arg-type]
         for n, document in enumerate(documents):
-            writer.write(f"doc{n}", "test", document)
+            writer.write(f"doc{n}", "test", document, None if spans is None else spans[n])
     return Dataset(folder)
 
 
@@ -52,17 +57,6 @@ def loader(
     return DataLoader(DataConfig.model_validate(values), seed, datasets)
 
 
-class MaskedDataset(Dataset):
-    """A dataset in which every third token, counted through the stream, does not count for the loss."""
-
-    def block(self, number: int) -> Block:
-        """The block with a mask."""
-        block = super().block(number)
-        first = int(self.block_ends[number]) - block.tokens.size
-        counts = (first + np.arange(block.tokens.size)) % 3 > 0
-        return Block(block.tokens, block.offsets, counts, block._names)
-
-
 class DamagedDataset(Dataset):
     """A dataset some of whose blocks cannot be read."""
 
@@ -73,3 +67,25 @@ class DamagedDataset(Dataset):
         if number in self.damaged:
             raise CorruptBlockError(str(self.path / "shard_00000.arrow"), number, number, "is corrupt: CRC 1")
         return super().block(number)
+
+
+def verify(folder: Path) -> Dataset:
+    """The dataset, once every byte of it is checked; raises the first fault found."""
+    dataset = Dataset(folder)
+    for fault in find_faults(dataset):
+        raise fault
+    return dataset
+
+
+def read_everything(dataset: Dataset) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """All tokens and document boundaries."""
+    return dataset.read(0, dataset.total_tokens)[:2]
+
+
+def edit_manifest(folder: Path, change: Callable[[Any], object]) -> None:
+    """Apply `change` to the manifest and seal it again, as an attacker or a careless tool would."""
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    content.pop("crc32", None)
+    path.write_bytes(manifest_module.seal(json.dumps(content).encode().removesuffix(b"}")))

@@ -117,7 +117,7 @@ def test_every_epoch_delivers_every_token_once(datasets):
     total = 2 * sum(data.samples)
     assert data.blend.end == total
     data.check_length(total)
-    with pytest.raises(ConfigError, match="max_epochs"):
+    with pytest.raises(DataError, match="max_epochs"):
         data.check_length(total + 1)
     expected = np.zeros(257, dtype=np.int64)
     for dataset, samples in zip(datasets, data.samples, strict=False):
@@ -132,6 +132,12 @@ def test_every_epoch_delivers_every_token_once(datasets):
     assert len(set(seen)) == sum(data.samples)
     with pytest.raises(DataError, match="past the data"):
         data.micro_batches(total, Share(1, 1))
+    for world in (1, 2):  # a step that is not whole is not begun, by any rank
+        with data.steps(total - 21, Share(4, 2, 0, world)) as steps:
+            for n in range(5):
+                assert next(steps)[0].sample_ids[0] == total - 21 + 4 * n
+            with pytest.raises(DataError, match="past the data"):
+                next(steps)
 
 
 def test_a_changed_mixture_continues_where_each_source_stood(datasets):

@@ -132,9 +132,9 @@ def test_the_end_of_all_sources():
     assert blend.locate(np.arange(10))[0].tolist()[8:] == [0, 0]
     with pytest.raises(DataError, match="sample 10 is past the data: by sample 10 .* max_epochs"):
         blend.locate(np.array([10]))
-    blend.check_length(10)
-    with pytest.raises(ConfigError, match="train fewer steps"):
-        blend.check_length(11)
+    blend.check(9)
+    with pytest.raises(DataError, match="train fewer steps"):
+        blend.check(10)
     with pytest.raises(ConfigError, match="every source has weight 0 from sample 0"):
         Blend([Phase(0, (0.0,))], [None])
 

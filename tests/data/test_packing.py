@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from megalite.data.batch import IGNORE
 from megalite.data.best_fit import Chunks, Table, pack
 from megalite.data.loader import DataLoader, Share
-from megalite.data.shards import Dataset
 from megalite.errors import DataError
 
-from .datasets import MaskedDataset, loader, random_documents, write
+from .datasets import loader, random_documents, write
 
 lengths_of_documents = st.lists(st.integers(1, 50) | st.just(1), min_size=1, max_size=25)
 
@@ -145,11 +144,13 @@ def whole_step(samples):
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_tokens_that_do_not_count_are_never_asked(tmp_path, packing):
     rng = np.random.default_rng(3)
-    documents = random_documents(rng.integers(1, 30, 60))
+    lengths = rng.integers(1, 30, 60)
     # A token's number in the stream is its value, so that a label says where it comes from.
-    numbers = np.split(np.arange(sum(map(len, documents))), np.cumsum([len(d) for d in documents])[:-1])
-    write(tmp_path / "d", [n % 250 for n in numbers], batch_tokens=70)
-    masked, plain = MaskedDataset(tmp_path / "d"), Dataset(tmp_path / "d")
+    numbers = np.split(np.arange(lengths.sum()), np.cumsum(lengths)[:-1])
+    documents = [n % 250 for n in numbers]
+    spans = [[(i, i + 1) for i in np.flatnonzero(n % 3).tolist()] for n in numbers]
+    plain = write(tmp_path / "plain", documents, batch_tokens=70)
+    masked = write(tmp_path / "masked", documents, batch_tokens=70, spans=spans)
     batches = [
         data.batch(range(data.samples[0]))
         for data in (loader(d, 12, packing=packing, shuffle=False) for d in (masked, plain))
