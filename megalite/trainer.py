@@ -12,23 +12,21 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
+from megalite.agreement import together
 from megalite.checkpoint.store import Checkpoint, newest, save
 from megalite.config import Config
 from megalite.config_file import changed_keys, to_toml
 from megalite.data.batch import IGNORE, Batch, Replacement
-from megalite.data.best_fit import Chunks, Table
-from megalite.data.loader import DataLoader, Share, check_same_tokenizer, open_datasets
-from megalite.data.shards import Dataset
+from megalite.data.loader import Share
 from megalite.data.tokenizer import load_tokenizer
 from megalite.engines.allocator import keep_freed_memory
 from megalite.engines.engine import Engine, StepSums
@@ -40,9 +38,8 @@ from megalite.optim.lr import learning_rate
 from megalite.parallel.collectives import all_reduce, gather_json
 from megalite.parallel.mesh import Mesh
 from megalite.resilience.preempt import PreemptionFlag
+from megalite.run_data import PACKING_FOLDER, open_loaders
 from megalite.version import code_version
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,9 +70,9 @@ class Trainer:
         self._agree_on_config()
         if mesh.device.type == "cpu":
             keep_freed_memory()
-        self.loader, self.validation = self._open_data()
+        self.loader, self.validation = open_loaders(config, mesh)
         self._agree_on_data()
-        self.engine: Engine = self._together(self._engine_class)(config, mesh)
+        self.engine: Engine = together(self._engine_class, mesh)(config, mesh)
         self.step = 0  # optimizer steps taken or skipped
         self.position = 0  # samples consumed
         self.tokens = 0  # valid labels trained on
@@ -86,7 +83,7 @@ class Trainer:
         found = newest(self.run_dir / "checkpoints", mesh)
         self._restore(found)
         # Not before: a config that does not fit the run in run_dir must leave its files alone.
-        self._together(self._prepare_run_dir)
+        together(self._prepare_run_dir, mesh)
         self.log = RunLog(self.run_dir, mesh.rank == 0, config.train.steps, config.log.every_steps)
         self._announce(found)
 
@@ -251,20 +248,6 @@ class Trainer:
                     error.is_shared = True
                     raise error
 
-    def _together(self, action: Callable[[], T]) -> T:
-        """What `action` returns, once it has succeeded on every rank; else the first failure, on all."""
-        failure = None
-        try:
-            result = action()
-        except (ConfigError, DataError) as error:
-            failure = [type(error).__name__, str(error)]
-        for found in gather_json(failure, self.mesh.world, self.mesh.device):
-            if found is not None:
-                shared = {"ConfigError": ConfigError, "DataError": DataError}[found[0]](found[1])
-                shared.is_shared = True
-                raise shared
-        return result
-
     def _engine_class(self) -> Callable[[Config, Mesh], Engine]:
         if self.config.mesh.zero_engine == "native":
             return NativeEngine
@@ -273,66 +256,6 @@ class Trainer:
         deepspeed.load(self.mesh.device, self.config.train.precision)
         return deepspeed.DeepSpeedEngine
 
-    def _open_data(self) -> tuple[DataLoader, DataLoader | None]:
-        """The training loader, and the validation loader if there is validation data.
-
-        Raises:  ConfigError, DataError, on every rank alike
-        """
-        config = self.config
-        training, held_out = self._together(self._open_datasets)
-        tables = self._pack(training) if config.data.packing == "best_fit" else []
-
-        def build() -> tuple[DataLoader, DataLoader | None]:
-            loader = DataLoader(config.data, config.seed, training, tables, self._allocate)
-            loader.check_vocab(config.model.vocab_size)
-            if not held_out:
-                return loader, None
-            return loader, DataLoader(config.data.held_out, config.seed, held_out, allocate=self._allocate)
-
-        return self._together(build)
-
-    def _open_datasets(self) -> tuple[list[Dataset], list[Dataset]]:
-        data = self.config.data
-        if not data.sources:
-            raise ConfigError(
-                "data.sources is empty; make a dataset with `megalite data tokenize` and name it: "
-                'data.sources=[{path="data/train"}]'
-            )
-        training, held_out = (
-            open_datasets(source.path for source in sources) for sources in (data.sources, data.validation)
-        )
-        check_same_tokenizer(training + held_out)
-        return training, held_out
-
-    def _pack(self, datasets: Sequence[Dataset]) -> list[Table]:
-        """Each dataset's packing table: the run's, or counted by all ranks together.
-
-        Raises:  DataError, on every rank alike
-        """
-        tables = []
-        for dataset in datasets:
-            chunks = Chunks(dataset, self.config.data.seq_len)
-            kept = Table.load(self.run_dir / "packing", chunks) if self.mesh.rank == 0 else None
-            whole = self._gathered(kept and kept.to_json())[0]
-            if whole is None:
-                part = self._together(partial(Table.build, chunks, self.mesh.rank, self.mesh.size))
-                tables.append(Table.join(map(Table.from_json, self._gathered(part.to_json()))))
-            else:
-                tables.append(Table.from_json(whole))
-        return tables
-
-    def _gathered(self, value: Any) -> list[Any]:
-        return gather_json(value, self.mesh.world, self.mesh.device)
-
-    def _allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """An array for the loader: in pinned memory where a GPU fetches it, so that the copy runs beside
-        the computation."""
-        if self.mesh.device.type != "cuda":
-            return np.empty(shape, dtype=dtype)
-        kind = torch.from_numpy(np.empty(0, dtype=dtype)).dtype
-        array: NDArray[Any] = torch.empty(shape, dtype=kind, pin_memory=True).numpy()
-        return array
-
     def _prepare_run_dir(self) -> None:
         if self.mesh.rank > 0:
             return
@@ -340,7 +263,7 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
             load_tokenizer(self.loader.datasets[0].path).save(self.run_dir)
-            self.loader.save_tables(self.run_dir / "packing")
+            self.loader.save_tables(self.run_dir / PACKING_FOLDER)
         except OSError as error:
             raise ConfigError(f"run_dir={str(self.run_dir)!r} cannot be written: {error.strerror}") from None
 
@@ -348,7 +271,7 @@ class Trainer:
         """Start from the newest checkpoint that verifies, else from the seed.
 
         Raises:  CheckpointError if it is of another model or tokenizer; ConfigError if the data would be
-                 read in another order, or does not last for the run
+                 read in another order; DataError if it does not last for the run
         """
         if found is not None:
             self._load(found)
@@ -420,7 +343,13 @@ class Trainer:
         Raises:  DataError, on every rank alike, when these are too many
         """
         mine = [replacement for batch in batches for replacement in batch.replaced]
-        found = sorted({Replacement(*each) for rank in self._gathered(mine) for each in rank})
+        found = sorted(
+            {
+                Replacement(*each)
+                for rank in gather_json(mine, self.mesh.world, self.mesh.device)
+                for each in rank
+            }
+        )
         for (file, block), group in groupby(sorted(found, key=itemgetter(1, 2)), key=itemgetter(1, 2)):
             samples = list(group)
             self.log.event(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from megalite.config import DataConfig
 from megalite.data.batch import Allocate, Batch, Replacement, Rows
@@ -95,10 +95,6 @@ def check_same_tokenizer(datasets: Sequence[Dataset]) -> None:
             )
 
 
-def _empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    return np.empty(shape, dtype=dtype)
-
-
 class DataLoader:
     """Batches from weighted datasets, one for each of `config.sources`.
 
@@ -115,7 +111,7 @@ class DataLoader:
         seed: int,
         datasets: Sequence[Dataset],
         tables: Sequence[Table] = (),
-        allocate: Allocate = _empty,
+        allocate: Allocate = np.empty,
     ) -> None:
         self.config, self.datasets = config, list(datasets)
         self.seq_len = config.seq_len

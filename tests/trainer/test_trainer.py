@@ -359,19 +359,19 @@ def _expect_disagreement(mesh: Mesh, config: Config) -> str:
 
 
 def _expect_a_peers_trouble(mesh: Mesh, config: Config) -> tuple[str, bool]:
-    import megalite.trainer
+    import megalite.run_data
 
     def gone(paths: object) -> None:
         raise DataError("this host has no data/train")
 
-    original = megalite.trainer.open_datasets
+    original = megalite.run_data.open_datasets
     if mesh.rank == 1:
-        megalite.trainer.open_datasets = gone  # type: ignore[assignment]
+        megalite.run_data.open_datasets = gone  # type: ignore[assignment]
     try:
         with pytest.raises(DataError) as caught:
             Trainer(config, mesh)
     finally:
-        megalite.trainer.open_datasets = original
+        megalite.run_data.open_datasets = original
     return str(caught.value), caught.value.is_shared
 
 
@@ -388,7 +388,7 @@ def _expect_other_data(mesh: Mesh, config: Config, others: str) -> str:
     def open_others(paths: Iterable[str]) -> object:
         return open_datasets(others if mesh.rank == 1 else path for path in paths)
 
-    with mock.patch("megalite.trainer.open_datasets", open_others), pytest.raises(DataError) as caught:
+    with mock.patch("megalite.run_data.open_datasets", open_others), pytest.raises(DataError) as caught:
         Trainer(config, mesh)
     assert caught.value.is_shared
     return str(caught.value)
