@@ -289,18 +289,17 @@ class DataLoader:
         return ReadAhead(self._steps(position, share), prefetch)
 
     def _steps(self, position: int, share: Share) -> Iterator[list[Batch]]:
-        planned = max(1, PLANNED // share.samples)
-        ahead = self._plan(position, share, planned)
+        plan = self._plan(position, share, 1)  # little, for the first batch is waited for
         while True:
-            plan = ahead
             position += len(plan) * share.global_batch_size
+            yield self._read(*plan[0])
+            ahead = None
             if not self._is_past(position, share):
-                ahead = self._plan(position, share, planned)
+                ahead = self._plan(position, share, max(1, PLANNED // share.samples))
                 self._hint(ahead)
-            for step in plan:
+            for step in plan[1:]:
                 yield self._read(*step)
-            if ahead is plan:
-                ahead = self._plan(position, share, 1)  # raises
+            plan = ahead or self._plan(position, share, 1)  # which says that the data has ended
 
     def _is_past(self, position: int, share: Share) -> bool:
         """Whether the step at `position` has samples that no source can give."""

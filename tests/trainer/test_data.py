@@ -168,16 +168,15 @@ def test_a_run_killed_ten_times_equals_the_unkilled_one_bit_for_bit(root: Path) 
     """Two ranks, dropout, changing rows and mixture; a rank dies at a random step, saves lie in between."""
     rng = np.random.default_rng(0)
     common = ["train.steps=30", "model.dropout=0.1", "checkpoint.every_steps=2", "data.prefetch=3"]
-    whole = run_ranks(train, 2, varied(root, *common, f"run_dir={root}/whole"))[0]
+    whole = run_ranks(train, 2, varied(root, *common, f"run_dir={root}/whole"), timeout_s=200)[0]
     config = varied(root, *common)
     kills = sorted(rng.choice(np.arange(1, 30), 10, replace=False).tolist())
     for step in kills:
-        codes = join_ranks(
-            spawn_ranks(_train_until_step, 2, config, int(rng.integers(2)), step, comm_timeout_s=10)
-        )
+        ranks = spawn_ranks(_train_until_step, 2, config, int(rng.integers(2)), step, comm_timeout_s=10)
+        codes = join_ranks(ranks, timeout_s=200)
         assert -signal.SIGKILL in codes
         assert 0 not in codes
-    assert join_ranks(spawn_ranks(_train_until_step, 2, config, 0, -1)) == [0, 0]
+    assert join_ranks(spawn_ranks(_train_until_step, 2, config, 0, -1), timeout_s=200) == [0, 0]
     found = metrics(root / "run")
     for key in ("step", "position", "loss", "grad_norm", "tokens", "seq_len"):
         assert [r[key] for r in found] == [r[key] for r in whole], key
