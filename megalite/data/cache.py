@@ -5,7 +5,7 @@ an open file, so the kernel drops it with the process, however that dies:
 
     <key>         a finished shard; whoever has it mapped holds a shared lock on it
     <key>.part    a shard being filled, by the holder of the exclusive lock on it
-    .lock         held exclusively while room is made
+    .lock         held exclusively while room is made or a part gets its name
 
 What is unlocked may be removed, least recently used first. A name only ever leads to a finished
 file, since a part gets its name by rename.
@@ -65,8 +65,8 @@ class ShardCache:
 
     def remove(self, key: str) -> None:
         """Forget a file. Whoever has it mapped keeps its bytes."""
-        with suppress(FileNotFoundError), disk_errors(self.folder):
-            (self.folder / key).unlink()
+        with disk_errors(self.folder):
+            (self.folder / key).unlink(missing_ok=True)
 
     @property
     def _limit(self) -> str:
@@ -109,36 +109,41 @@ class ShardCache:
                     raise DataError(
                         f"{key} has {'more than ' * (done > size)}{min(done, size)} bytes, not {size}"
                     )
-                part.rename(path)
+                with disk_errors(path), self._names_locked():
+                    part.rename(path)
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
 
     def _reserve(self, part: int, size: int) -> None:
         """Make room and take it, by giving the part its final size before it has content."""
-        with disk_errors(self.folder):
-            lock = os.open(
-                self.folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-            )
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                os.ftruncate(part, 0)
-                entries = self._entries()
-                excess = sum(status.st_size for _, status in entries) + size - self.max_bytes
-                for path, status in entries:
-                    if excess <= 0:
-                        break
-                    with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as file:
-                        if file is not None:
-                            path.unlink()
-                            excess -= status.st_size
-                if excess > 0:
-                    raise CacheFullError(
-                        f"no room for {size} bytes in {self._limit}: the rest is in use; raise the limit"
-                    )
-                os.ftruncate(part, size)
-            finally:
-                os.close(lock)
+        with disk_errors(self.folder), self._names_locked():
+            os.ftruncate(part, 0)
+            entries = self._entries()
+            excess = sum(status.st_size for _, status in entries) + size - self.max_bytes
+            for path, status in entries:
+                if excess <= 0:
+                    break
+                with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as file:
+                    if file is not None:
+                        path.unlink()
+                        excess -= status.st_size
+            if excess > 0:
+                raise CacheFullError(
+                    f"no room for {size} bytes in {self._limit}: the rest is in use; raise the limit"
+                )
+            os.ftruncate(part, size)
+
+    @contextmanager
+    def _names_locked(self) -> Iterator[None]:
+        """While this is held, no file is reserved, renamed or removed to make room."""
+        flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        lock = os.open(self.folder / ".lock", flags, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
 
     def _entries(self) -> list[tuple[Path, os.stat_result]]:
         """Finished and unfinished files, the least recently used first."""

@@ -86,6 +86,16 @@ class Block:
         self.tokens, self.offsets, self.loss_mask, self._batch = parts
         self.places = self.offsets.data  # the same numbers; bisect is faster on these
 
+    def span(self, start: int, stop: int) -> Span:
+        """Tokens [start, stop) of the block, 0 ≤ start < stop ≤ n, as views where that is possible."""
+        boundaries = _NO_BOUNDARIES
+        first = bisect_left(self.places, start)
+        if self.places[first] < stop:
+            last = bisect_left(self.places, stop, first)
+            boundaries = np.subtract(self.offsets[first:last], start, dtype=np.int64)
+        mask = None if self.loss_mask is None else self.loss_mask[start:stop]
+        return Span(self.tokens[start:stop], boundaries, mask)
+
     @property
     def doc_ids(self) -> list[str]:
         """The documents' names, made into strings when asked for."""
@@ -187,23 +197,21 @@ class Dataset:
 
         Raises:  IndexError outside 0 ≤ start ≤ stop ≤ total_tokens; as `block` does
         """
+        number = bisect_right(self._ends, start)
+        if 0 <= start < stop <= self.total_tokens and stop <= (end := self._ends[number]):
+            block = self.block(number)
+            begin = end - block.tokens.size
+            return block.span(start - begin, stop - begin)
         if not 0 <= start <= stop <= self.total_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.total_tokens} in {self.path}")
-        parts = []
-        number, position = bisect_right(self._ends, start), start
+        parts, position = [], start
         while position < stop:
             block, end = self.block(number), self._ends[number]
             begin = end - block.tokens.size
-            low, high = position - begin, min(stop, end) - begin
-            first = bisect_left(block.places, low)
-            last = bisect_left(block.places, high, first, len(block.places) - 1)
-            boundaries = _NO_BOUNDARIES
-            if first < last:
-                boundaries = np.add(block.offsets[first:last], begin - start, dtype=np.int64)
-            mask = None if block.loss_mask is None else block.loss_mask[low:high]
-            parts.append(Span(block.tokens[low:high], boundaries, mask))
+            tokens, boundaries, mask = block.span(position - begin, min(stop, end) - begin)
+            parts.append(Span(tokens, boundaries + (position - start), mask))
             number, position = number + 1, end
-        return parts[0] if len(parts) == 1 else self._joined(parts)
+        return self._joined(parts)
 
     def documents(self) -> Iterator[Document]:
         """Every document in stored order.

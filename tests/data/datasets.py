@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.cli import add_commands
 from data_tools.verify import find_faults
 from megalite.config import DataConfig
 from megalite.data import manifest as manifest_module
@@ -89,3 +91,11 @@ def edit_manifest(folder: Path, change: Callable[[Any], object]) -> None:
     change(content)
     content.pop("crc32", None)
     path.write_bytes(manifest_module.seal(json.dumps(content).encode().removesuffix(b"}")))
+
+
+def megalite(*arguments: object) -> int:
+    """What `megalite data …` returns for these arguments."""
+    parser = argparse.ArgumentParser(prog="megalite")
+    add_commands(parser.add_subparsers(required=True))
+    args = parser.parse_args([str(argument) for argument in arguments])
+    return int(args.func(args))

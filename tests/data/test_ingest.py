@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import os
@@ -15,12 +14,13 @@ import pytest
 import zstandard
 
 from data_tools import ingest
-from data_tools.cli import add_commands
 from data_tools.ingest import STDLIB, Corpus, TextDocument
 from data_tools.tokenize import build_shards, finished_build, hold_out, sample_texts
 from megalite.data.shards import Dataset
 from megalite.data.tokenizer import ByteTokenizer, load_tokenizer
 from megalite.errors import DataError
+
+from .datasets import megalite
 
 
 def documents(count: int, words: int = 40) -> list[TextDocument]:
@@ -180,7 +180,7 @@ def test_a_tokenizer_sees_no_held_out_text():
     assert part == sample_texts(many, 0.2, size // 10)
 
 
-@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("compression", [None, "zstd-shard"])
 def test_build(tmp_path, compression):
     many = documents(300)
     recipe = {"text": ["made"]}
@@ -235,13 +235,6 @@ def test_nothing_to_build(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def megalite(*arguments: object) -> int:
-    parser = argparse.ArgumentParser(prog="megalite")
-    add_commands(parser.add_subparsers(required=True))
-    args = parser.parse_args([str(argument) for argument in arguments])
-    return int(args.func(args))
-
-
 def test_the_command_line(tmp_path, capsys):
     text = tmp_path / "book.txt"
     text.write_text("".join(f"A sentence about {n} things, and another.\n" for n in range(3000)))
@@ -268,13 +261,6 @@ def test_the_command_line(tmp_path, capsys):
     two = Dataset(tmp_path / "two" / "train")
     assert two.tokenizer == Dataset(out / "train").tokenizer
     assert two.manifest.compression == "zstd"
-
-
-@pytest.mark.parametrize("command", ["tokenize", "verify", "show"])
-def test_help_has_an_example(command, capsys):
-    with pytest.raises(SystemExit):
-        megalite("data", command, "--help")
-    assert f"megalite data {command} " in capsys.readouterr().out.partition("example:")[2]
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed():
