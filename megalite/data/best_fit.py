@@ -118,8 +118,8 @@ class Table(NamedTuple):
     It is the same for every run with the dataset and seq_len, and costs one look at the documents'
     lengths, which ranks divide among them. A chunk with a damaged record batch packs into nothing.
 
-    Shapes:  counts int64 [chunks, 3]: samples, documents, documents that were cut; damaged: [file, batch,
-             reason] of each damaged record batch
+    Shapes:  counts int64 [chunks, 4]: samples, documents, those that were cut, tokens; damaged: (file,
+             batch, reason) of each damaged record batch
     """
 
     counts: Ints
@@ -128,7 +128,7 @@ class Table(NamedTuple):
     @classmethod
     def build(cls, chunks: Chunks, rank: int = 0, world: int = 1) -> Table:
         """The rows of every `world`-th chunk from the `rank`-th on; zeros in the others."""
-        counts = np.zeros((chunks.count, 3), dtype=np.int64)
+        counts = np.zeros((chunks.count, 4), dtype=np.int64)
         damaged = []
         for chunk in range(rank, chunks.count, world):
             try:
@@ -137,7 +137,7 @@ class Table(NamedTuple):
                 damaged.append((error.file, error.batch, error.reason))
                 continue
             samples = len(pack(lengths, chunks.seq_len).edges) - 1
-            counts[chunk] = samples, np.count_nonzero(lengths), np.count_nonzero(lengths > chunks.seq_len)
+            counts[chunk] = samples, len(lengths), (lengths > chunks.seq_len).sum(), lengths.sum()
         return cls(counts, damaged)
 
     @classmethod
@@ -152,7 +152,7 @@ class Table(NamedTuple):
     def from_json(cls, value: list[object]) -> Table:
         """The inverse of `to_json`."""
         counts, damaged = value
-        rows = np.array(counts, dtype=np.int64).reshape(-1, 3)
+        rows = np.array(counts, dtype=np.int64).reshape(-1, 4)
         return cls(rows, [(str(file), int(batch), str(reason)) for file, batch, reason in damaged])  # type: ignore[attr-defined]
 
     def to_json(self) -> list[object]:

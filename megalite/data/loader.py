@@ -158,6 +158,19 @@ class DataLoader:
         """Record batches in all sources."""
         return sum(dataset.num_blocks for dataset in self.datasets)
 
+    def summary(self) -> list[dict[str, Any]]:
+        """What packing makes of each source, as JSON can hold it: counts, and the share of padding."""
+        found = []
+        for n, dataset in enumerate(self.datasets):
+            samples, documents, tokens = self.samples[n], dataset.num_documents, dataset.total_tokens
+            entry = {"path": str(dataset.path), "documents": documents, "tokens": tokens, "samples": samples}
+            if self._tables:
+                _, _, cut, packed = self._tables[n][1].counts.sum(axis=0).tolist()
+                padding = round(1 - packed / (samples * self.seq_len), 6)
+                entry |= {"documents_cut": cut, "padding": padding}
+            found.append(entry)
+        return found
+
     def check_vocab(self, vocab_size: int) -> None:
         """A model must have a row for every id the data can hold.
 

@@ -308,6 +308,34 @@ def test_steps_are_the_micro_batches_in_order(data, prefetch):
         next(steps)
 
 
+def test_datasets_are_told_what_is_read_next(datasets, monkeypatch):
+    monkeypatch.setattr("megalite.data.loader.PLANNED", 16)
+    told, read = [], []
+    data = loader(datasets[0], 16, shuffle=False)
+    dataset = data.datasets[0]
+    monkeypatch.setattr(dataset, "prefetch", lambda blocks: told.extend(blocks))
+    block = dataset.block
+    monkeypatch.setattr(
+        dataset, "block", lambda number: read.append((number, number in told)) or block(number)
+    )
+    with data.steps(0, Share(4, 4), prefetch=0) as steps:
+        for _ in range(data.samples[0] // 4):
+            next(steps)
+    assert told == sorted(set(told)), "each once"
+    assert {number for number, was_told in read if not was_told} == {0}  # the first batch waits for its own
+
+
+def test_a_summary_of_what_is_read(datasets):
+    (entry,) = loader(datasets[0], 16).summary()
+    assert (entry["documents"], entry["samples"]) == (120, (datasets[0].total_tokens - 1) // 16)
+    data = loader(datasets[0], 16, packing="best_fit")
+    (entry,) = data.summary()
+    labels = data.batch(range(data.samples[0])).labels.size
+    assert entry["padding"] == round(1 - datasets[0].total_tokens / labels, 6)
+    lengths = [len(document.tokens) for document in datasets[0].documents()]
+    assert entry["documents_cut"] == sum(length > 16 for length in lengths)
+
+
 def test_resuming_far_in_is_immediate(datasets):
     data = loader(datasets[:2], 16)
     data.batch(range(8))

@@ -172,7 +172,7 @@ def test_a_run_killed_ten_times_equals_the_unkilled_one_bit_for_bit(root: Path) 
     config = varied(root, *common)
     kills = sorted(rng.choice(np.arange(1, 30), 10, replace=False).tolist())
     for step in kills:
-        ranks = spawn_ranks(_train_until_step, 2, config, int(rng.integers(2)), step, comm_timeout_s=10)
+        ranks = spawn_ranks(_train_until_step, 2, config, int(rng.integers(2)), step, comm_timeout_s=60)
         codes = join_ranks(ranks, timeout_s=200)
         assert -signal.SIGKILL in codes
         assert 0 not in codes
