@@ -104,7 +104,7 @@ def engine_step(
     import numpy as np
 
     from megalite.config_file import build_config
-    from megalite.data.loader import Batch
+    from megalite.data.batch import Batch
     from megalite.engines.native import NativeEngine
     from megalite.optim.buckets import OwnedRange
     from megalite.parallel.collectives import all_reduce
@@ -134,7 +134,8 @@ def engine_step(
     engine.optimizer.weights.publish()
     tokens, labels = (ids.numpy() for ids in shape.data(seed=mesh.dp.rank))
     positions = np.broadcast_to(np.arange(shape.seq), tokens.shape).copy()
-    batch = Batch(tokens, labels, positions, None, np.arange(shape.batch))
+    edges = np.arange(0, tokens.size + 1, shape.seq, dtype=np.int32)
+    batch = Batch(tokens, labels, positions, None, np.arange(shape.batch), edges)
 
     def step() -> float | None:
         sums = engine.forward_backward([batch])

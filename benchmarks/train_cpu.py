@@ -40,7 +40,7 @@ def megalite_step(mode: str, precision: str, batch: int, seq: int, mesh: Any = N
     import torch
 
     from megalite.config_file import build_config
-    from megalite.data.loader import Batch
+    from megalite.data.batch import Batch
     from megalite.engines.allocator import keep_freed_memory
     from megalite.engines.native import NativeEngine
     from megalite.parallel.collectives import all_reduce
@@ -73,7 +73,8 @@ def megalite_step(mode: str, precision: str, batch: int, seq: int, mesh: Any = N
     engine.initialize()
     ids = np.random.default_rng(mesh.rank).integers(0, VOCAB, (batch, seq + 1))
     positions = np.broadcast_to(np.arange(seq), (batch, seq)).copy()
-    data = Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), positions, None, np.arange(batch))
+    edges = np.arange(0, batch * seq + 1, seq, dtype=np.int32)
+    data = Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), positions, None, np.arange(batch), edges)
 
     def step() -> None:
         sums = engine.forward_backward([data])

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megalite.agreement import together
 from megalite.checkpoint.store import Checkpoint, newest, save
 from megalite.config import Config
 from megalite.config_file import changed_keys, to_toml
-from megalite.data.loader import IGNORE, Batch, DataLoader, check_same_tokenizer, open_sources
+from megalite.data.batch import IGNORE, Batch, Replacement
+from megalite.data.loader import Share
 from megalite.data.tokenizer import load_tokenizer
 from megalite.engines.allocator import keep_freed_memory
 from megalite.engines.engine import Engine, StepSums
@@ -34,9 +38,8 @@ from megalite.optim.lr import learning_rate
 from megalite.parallel.collectives import all_reduce, gather_json
 from megalite.parallel.mesh import Mesh
 from megalite.resilience.preempt import PreemptionFlag
+from megalite.run_data import PACKING_FOLDER, open_loaders
 from megalite.version import code_version
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class StepReport:
     is_applied: bool  # whether the weights moved
     is_overflow: bool  # not applied, but a smaller loss scale may do (fp16)
     is_preempted: bool  # whether any rank was asked to stop
+    has_replaced: bool  # whether any rank could not read one of its samples
 
 
 class Trainer:
@@ -66,20 +70,20 @@ class Trainer:
         self._agree_on_config()
         if mesh.device.type == "cpu":
             keep_freed_memory()
-        self.loader, self.validation = self._together(self._open_data)
+        self.loader, self.validation = open_loaders(config, mesh)
         self._agree_on_data()
-        self.engine: Engine = self._together(self._engine_class)(config, mesh)
+        self.engine: Engine = together(self._engine_class, mesh)(config, mesh)
         self.step = 0  # optimizer steps taken or skipped
         self.position = 0  # samples consumed
         self.tokens = 0  # valid labels trained on
         self.skipped_in_a_row = 0
-        self._flops = token_flops(config.model, config.data.seq_len)
+        self.has_new_mixture = False  # whether it is another than that of the checkpoint
         self._peak_flops = peak_flops(mesh.device)
         self._saved_step = -1
         found = newest(self.run_dir / "checkpoints", mesh)
         self._restore(found)
         # Not before: a config that does not fit the run in run_dir must leave its files alone.
-        self._together(self._prepare_run_dir)
+        together(self._prepare_run_dir, mesh)
         self.log = RunLog(self.run_dir, mesh.rank == 0, config.train.steps, config.log.every_steps)
         self._announce(found)
 
@@ -97,22 +101,23 @@ class Trainer:
             self.log,
             self.loader.steps(
                 self.position,
-                global_batch_size=train.global_batch_size,
-                micro_batch_size=train.micro_batch_size,
-                rank=self.mesh.dp.rank,
-                world=self.mesh.dp.size,
-                prefetch=self.config.data.prefetch,
+                Share(train.global_batch_size, train.micro_batch_size, self.mesh.dp.rank, self.mesh.dp.size),
+                self.config.data.prefetch,
             ) as stream,
         ):
             self.log.resume(self.step)
             while self.step < train.steps:
                 began, waited = time.perf_counter(), stream.wait_s
                 rate = learning_rate(self.config.optim, self.step, train.steps)
-                report = self.train_step(next(stream), rate, flag.requested)
+                batches = next(stream)
+                report = self.train_step(batches, rate, flag.requested)
                 self.step += 1
                 self.position += train.global_batch_size
                 self.tokens += report.tokens if report.is_applied else 0
-                record = self._record(report, rate, time.perf_counter() - began, stream.wait_s - waited)
+                times = time.perf_counter() - began, stream.wait_s - waited
+                if report.has_replaced:
+                    self._quarantine(batches)
+                record = self._record(report, rate, batches[0].tokens.shape[1], *times)
                 is_last = self.step == train.steps
                 if train.eval_every_steps and (self.step % train.eval_every_steps == 0 or is_last):
                     record["val_loss"] = self.evaluate()
@@ -134,7 +139,8 @@ class Trainer:
         weights, moments and AdamW's step count stay as they were. In fp16 the loss scale is lowered then.
         """
         sums = self.engine.forward_backward(micro_batches)
-        total, wants_stop = self._agree_on_sums(sums, wants_stop)
+        has_replaced = any(batch.replaced for batch in micro_batches)
+        total, wants_stop, has_replaced = self._agree_on_sums(sums, wants_stop, has_replaced)
         valid = max(total.tokens, 1.0)
         # The engine divided by the batch's nominal token count; labels that are ignored make it fewer.
         correction = self.config.tokens_per_step / valid
@@ -154,6 +160,7 @@ class Trainer:
             is_usable,
             is_overflow,
             wants_stop,
+            has_replaced,
         )
 
     def evaluate(self) -> float:
@@ -189,6 +196,7 @@ class Trainer:
             "tokens": self.tokens,
             "skipped_in_a_row": self.skipped_in_a_row,
             "tokenizer": self.loader.datasets[0].tokenizer.fingerprint,
+            "loader": self.loader.state(self.position),
             "config": self.config.model_dump(mode="json"),
         }
         save(
@@ -240,20 +248,6 @@ class Trainer:
                     error.is_shared = True
                     raise error
 
-    def _together(self, action: Callable[[], T]) -> T:
-        """What `action` returns, once it has succeeded on every rank; else the first failure, on all."""
-        failure = None
-        try:
-            result = action()
-        except (ConfigError, DataError) as error:
-            failure = [type(error).__name__, str(error)]
-        for found in gather_json(failure, self.mesh.world, self.mesh.device):
-            if found is not None:
-                shared = {"ConfigError": ConfigError, "DataError": DataError}[found[0]](found[1])
-                shared.is_shared = True
-                raise shared
-        return result
-
     def _engine_class(self) -> Callable[[Config, Mesh], Engine]:
         if self.config.mesh.zero_engine == "native":
             return NativeEngine
@@ -262,25 +256,6 @@ class Trainer:
         deepspeed.load(self.mesh.device, self.config.train.precision)
         return deepspeed.DeepSpeedEngine
 
-    def _open_data(self) -> tuple[DataLoader, DataLoader | None]:
-        config = self.config
-        if not config.data.sources:
-            raise ConfigError(
-                "data.sources is empty; make a dataset with `megalite data tokenize` and name it: "
-                'data.sources=[{path="data/train"}]'
-            )
-        training = open_sources(config.data.sources)
-        held_out = open_sources(config.data.validation)
-        check_same_tokenizer([dataset for dataset, _ in training + held_out])
-        shape: dict[str, Any] = {
-            "seq_len": config.data.seq_len,
-            "seed": config.seed,
-            "document_mask": config.data.document_mask,
-        }
-        loader = DataLoader(training, shuffle=config.data.shuffle, **shape)
-        loader.check_vocab(config.model.vocab_size)
-        return loader, DataLoader(held_out, shuffle=False, **shape) if held_out else None
-
     def _prepare_run_dir(self) -> None:
         if self.mesh.rank > 0:
             return
@@ -288,25 +263,32 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
             load_tokenizer(self.loader.datasets[0].path).save(self.run_dir)
+            self.loader.save_tables(self.run_dir / PACKING_FOLDER)
         except OSError as error:
             raise ConfigError(f"run_dir={str(self.run_dir)!r} cannot be written: {error.strerror}") from None
 
     def _restore(self, found: Checkpoint | None) -> None:
         """Start from the newest checkpoint that verifies, else from the seed.
 
-        Raises:  CheckpointError if it is of another model or tokenizer
+        Raises:  CheckpointError if it is of another model or tokenizer; ConfigError if the data would be
+                 read in another order; DataError if it does not last for the run
         """
-        if found is None:
+        if found is not None:
+            self._load(found)
+        else:
             self.engine.initialize()
-            return
+        self.loader.check_length(self.config.train.steps * self.config.train.global_batch_size)
+
+    def _load(self, found: Checkpoint) -> None:
         fingerprint = self.loader.datasets[0].tokenizer.fingerprint
         if found.meta["tokenizer"] != fingerprint:
             raise CheckpointError(
                 f"{found.folder} was trained with tokenizer {found.meta['tokenizer'][:16]}…, data.sources "
                 f"holds {fingerprint[:16]}…; use the same dataset's tokenizer or another run_dir"
             )
-        self.engine.load_state(found)
         self.step, self.position = found.step, found.position
+        self.has_new_mixture = self.loader.restore(found.meta["loader"], self.position)
+        self.engine.load_state(found)
         self.tokens = int(found.meta["tokens"])
         self.skipped_in_a_row = int(found.meta["skipped_in_a_row"])
         self._saved_step = self.step
@@ -326,9 +308,17 @@ class Trainer:
             )
         if found is None:
             self.log.event("start", 0, processes=self.mesh.size, parameters=self.engine.num_parameters)
+            self.log.event("data", 0, sources=self.loader.summary())
+            for (file, block), reason in self.loader.bad_blocks.items():
+                self.log.event("bad_block", 0, file=file, batch=block, reason=reason, samples=[])
             return
         self.log.event("resume", self.step, processes=self.mesh.size, refused=list(found.refused))
         self.log.say(f"continuing {self.run_dir} at step {self.step} of {self.config.train.steps}")
+        if self.has_new_mixture:
+            self.log.event("mixture", self.step, position=self.position)
+            self.log.say(
+                "note: the mixture of sources is another from here on; each continues where it stood"
+            )
         for key, (old, new) in changed_keys(
             found.meta["config"], self.config.model_dump(mode="json")
         ).items():
@@ -337,13 +327,41 @@ class Trainer:
 
     # --- after a step ---------------------------------------------------------------------------
 
-    def _agree_on_sums(self, sums: StepSums, wants_stop: bool) -> tuple[StepSums, bool]:
-        """The global batch's sums, and whether any rank was asked to stop: the step's one small
-        all-reduce. Every later decision is a function of what it returns."""
-        values = (sums.loss, sums.z_loss, sums.tokens, sums.grad_norm_squared, float(wants_stop))
+    def _agree_on_sums(
+        self, sums: StepSums, wants_stop: bool, has_replaced: bool
+    ) -> tuple[StepSums, bool, bool]:
+        """The global batch's sums, and whether any rank was asked to stop or could not read a sample: the
+        step's one small all-reduce. Every later decision is a function of what it returns."""
+        flags = float(wants_stop), float(has_replaced)
+        values = (sums.loss, sums.z_loss, sums.tokens, sums.grad_norm_squared, *flags)
         vector = torch.tensor(values, dtype=torch.float64, device=self.mesh.device)
-        loss, z_loss, tokens, norm, stop = all_reduce(vector, self.mesh.world).tolist()
-        return StepSums(loss, z_loss, tokens, norm), stop > 0
+        loss, z_loss, tokens, norm, stop, replaced = all_reduce(vector, self.mesh.world).tolist()
+        return StepSums(loss, z_loss, tokens, norm), stop > 0, replaced > 0
+
+    def _quarantine(self, batches: Sequence[Batch]) -> None:
+        """Report the samples that could not be read on any rank, and the record batches at fault.
+
+        Raises:  DataError, on every rank alike, when these are too many
+        """
+        mine = [replacement for batch in batches for replacement in batch.replaced]
+        found = sorted(
+            {
+                Replacement(*each)
+                for rank in gather_json(mine, self.mesh.world, self.mesh.device)
+                for each in rank
+            }
+        )
+        for (file, block), group in groupby(sorted(found, key=itemgetter(1, 2)), key=itemgetter(1, 2)):
+            samples = list(group)
+            self.log.event(
+                "bad_block",
+                self.step,
+                file=file,
+                batch=block,
+                reason=samples[0].reason,
+                samples=[each.sample_id for each in samples],
+            )
+        self.loader.quarantine(found)
 
     def _check_divergence(self, report: StepReport) -> None:
         """Count steps that were not applied.
@@ -371,10 +389,13 @@ class Trainer:
                 f"up to {self.position}, and continue from {self.run_dir}/checkpoints"
             )
 
-    def _record(self, report: StepReport, lr: float, step_s: float, wait_s: float) -> dict[str, Any]:
+    def _record(
+        self, report: StepReport, lr: float, seq_len: int, step_s: float, wait_s: float
+    ) -> dict[str, Any]:
         self._productive_s += step_s if report.is_applied else 0.0
         per_s = self.config.tokens_per_step / step_s
         peak = self._peak_flops * self.mesh.size if self._peak_flops else None
+        flops = token_flops(self.config.model, seq_len)
         return {
             "step": self.step,
             "position": self.position,
@@ -383,12 +404,18 @@ class Trainer:
             "grad_norm": report.grad_norm,
             "lr": lr,
             "tokens": self.tokens,
+            "seq_len": seq_len,
             "tokens_per_s": round(per_s, 1),
-            "mfu": per_s * self._flops.strict / peak if peak else None,
-            "mfu_non_causal": per_s * self._flops.non_causal / peak if peak else None,
+            "mfu": per_s * flops.strict / peak if peak else None,
+            "mfu_non_causal": per_s * flops.non_causal / peak if peak else None,
             "goodput": round(self._productive_s / (time.perf_counter() - self._started), 4),
             "step_s": round(step_s, 4),
             "data_wait_s": round(wait_s, 4),
-            "events": [] if report.is_applied else ["overflow" if report.is_overflow else "skip"],
+            "bad_blocks": len(self.loader.bad_blocks),
+            "events": self._events(report),
             **({"loss_scale": scale.value} if (scale := self.engine.loss_scale).is_dynamic else {}),
         }
+
+    def _events(self, report: StepReport) -> list[str]:
+        events = ["replaced"] if report.has_replaced else []
+        return events if report.is_applied else [*events, "overflow" if report.is_overflow else "skip"]

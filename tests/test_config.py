@@ -37,6 +37,7 @@ steps = 10
 global_batch_size = 8
 micro_batch_size = 2
 """
+TWO = "data.sources=[{path='a'}, {path='b'}]"
 
 
 def _load(tmp_path: Path, toml: str = TOML, *overrides: str) -> Config:
@@ -138,7 +139,25 @@ MISTAKES = [
         ["high_freq_factor=1"],
     ),
     (TOML, ["data.sources=[{path=3}]"], ["data.sources.0.path=3", "string"]),
-    (TOML, ["data.sources=[{path='a', weight=0}]"], ["weight=0", "greater than 0"]),
+    (TOML, ["data.sources=[{path='a', weight=-1}]"], ["weight=-1", "greater than or equal to 0"]),
+    (
+        TOML,
+        ["data.sources=[{path='a', weight=2}]", "data.temperature=3.0"],
+        ["temperature=3.0", "one of the two"],
+    ),
+    (TOML, [TWO, "data.schedule=[{tokens=5}]"], ["schedule[0]", "weights or a temperature"]),
+    (TOML, [TWO, "data.schedule=[{tokens=5, weights=[1]}]"], ["schedule[0].weights=[1.0]", "give 2 numbers"]),
+    (TOML, [TWO, "data.schedule=[{tokens=5, weights=[0, 0]}]"], ["not all 0"]),
+    (
+        TOML,
+        ["data.schedule=[{tokens=5, temperature=1}, {tokens=5, temperature=2}]"],
+        ["schedule has tokens [5, 5]"],
+    ),
+    (
+        TOML,
+        ["data.seq_len_schedule=[{tokens=0, seq_len=12}]"],
+        ["seq_len_schedule[0].seq_len=12", "seq_len=32"],
+    ),
     (TOML, ["steps"], ["'steps'", "section.key=value"]),
     (TOML, ["run_dir.x=3"], ["run_dir is a value"]),
     (TOML, ["model=3"], ["model=3"]),

@@ -1,72 +1,83 @@
 """Samples to batches. A batch is a pure function of (seed, global sample indices), nothing else.
 
-    global sample index ─ mixture ─→ source, n-th sample of it ─ order ─→ sample k of the source
-        ─ shards ─→ tokens [k·seq, k·seq + seq] of its stream ─→ one row of a Batch
+    position ─ skips ─→ global sample index ─ blend ─→ source, n-th sample of it
+        ─ order ─→ sample of the source ─ packing ─→ tokens of its documents ─→ a row of a Batch
 
 Nothing is remembered between batches, so a run can continue at any position, on any number of
-ranks, with any micro-batch size, and sees the samples it would have seen.
+ranks, with any micro-batch size, and sees the samples it would have seen. What a checkpoint keeps of
+the loader are the few numbers that let the mixture of sources be changed on the way.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.data.mixture import Mixture
-from megalite.data.order import order_key, permute
-from megalite.data.shards import Dataset
+from megalite.config import DataConfig
+from megalite.data.batch import Allocate, Batch, Replacement, Rows
+from megalite.data.best_fit import BestFit, Chunks, Table
+from megalite.data.mixture import temperature_weights
+from megalite.data.order import Order, order_key, permute
+from megalite.data.packing import Concat, Packing
+from megalite.data.readahead import ReadAhead
+from megalite.data.schedule import Blend, Phase, SeqLens, Skips
+from megalite.data.shards import CorruptBlockError, Dataset
 from megalite.errors import ConfigError, DataError
 
-IGNORE = -100  # label of a token whose successor is not to be predicted
+ATTEMPTS = 64  # samples tried in place of one that cannot be read
+PLANNED = 512  # samples whose places are worked out together, for that costs little more than one
+MAX_HINTED = 1024  # record batches remembered as already asked for
+
+Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows of tokens and what is to be predicted from them.
+class Share(NamedTuple):
+    """A rank's part of every step: rank r takes the r-th of `world` equal runs of its samples."""
 
-    Shapes, all [micro, seq] but sample_ids [micro]:
-        tokens      int64
-        labels      int64: the next token of the stream; IGNORE where that belongs to another document
-        positions   int64: counted from the start of the document, or of the row if it began earlier
-        doc_starts  int32: place in the row of the first token of each token's document
-        sample_ids  int64: global sample indices
-    Without document masks labels never ignore, positions count the row and doc_starts is None.
-    """
-
-    tokens: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    doc_starts: NDArray[np.int32] | None
-    sample_ids: NDArray[np.int64]
-
-
-class SourceLike(Protocol):
-    """What a configured source says: `megalite.config.Source`."""
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int = 0
+    world: int = 1
 
     @property
-    def path(self) -> str:
-        """The dataset folder."""
+    def samples(self) -> int:
+        """How many samples of a step are the rank's."""
+        return self.global_batch_size // self.world
 
-    @property
-    def weight(self) -> float:
-        """Its share of samples, relative to the other sources."""
+    def check(self) -> None:
+        """The sizes must divide.
+
+        Raises:  ConfigError
+        """
+        whole, micro, _, world = self
+        if whole % (world * micro):
+            raise ConfigError(
+                f"train.global_batch_size={whole} is not a multiple of train.micro_batch_size={micro} × "
+                f"{world} processes"
+            )
 
 
-def open_sources(sources: Iterable[SourceLike]) -> list[tuple[Dataset, float]]:
-    """Open every source's dataset.
+class _Step(NamedTuple):
+    """A rank's samples of one step, int64 [micro-batches, micro] each, and the length of their rows."""
+
+    ids: Ints
+    sources: Ints
+    samples: Ints
+    row_len: int
+
+
+def open_datasets(paths: Iterable[str]) -> list[Dataset]:
+    """Open the dataset of every source.
 
     Raises:  DataError if one cannot be opened
     """
-    return [(Dataset(Path(source.path)), source.weight) for source in sources]
+    return [Dataset(path) for path in paths]
 
 
 def check_same_tokenizer(datasets: Sequence[Dataset]) -> None:
@@ -85,10 +96,10 @@ def check_same_tokenizer(datasets: Sequence[Dataset]) -> None:
 
 
 class DataLoader:
-    """Batches from weighted datasets.
+    """Batches from weighted datasets, one for each of `config.sources`.
 
-    Sample k of a source is the tokens [k·seq_len, k·seq_len + seq_len] of its stream, the last only
-    as a label. Each pass over a source (epoch) has its own permutation when `shuffle` is on.
+    `tables` are the datasets' packing tables, which best-fit packing counts anew where they are not
+    given. `allocate` makes the arrays a batch is delivered in.
 
     Raises:  DataError if a source has no whole sample or the tokenizers differ; ConfigError if there
              are no sources or a weight is unusable
@@ -96,32 +107,69 @@ class DataLoader:
 
     def __init__(
         self,
-        sources: Sequence[tuple[Dataset, float]],
-        *,
-        seq_len: int,
+        config: DataConfig,
         seed: int,
-        document_mask: bool = True,
-        shuffle: bool = True,
+        datasets: Sequence[Dataset],
+        tables: Sequence[Table] = (),
+        allocate: Allocate = np.empty,
     ) -> None:
-        self.datasets = [dataset for dataset, _ in sources]
-        self.seq_len = seq_len
-        self.samples = [(dataset.total_tokens - 1) // seq_len for dataset in self.datasets]
-        self._mixture = Mixture([weight for _, weight in sources])
+        self.config, self.datasets = config, list(datasets)
+        self.seq_len = config.seq_len
+        self.allocate = allocate
+        self._dtype = self.datasets[0].manifest.dtype if self.datasets else np.dtype(np.uint16)
         self._seed = seed
-        self._document_mask = document_mask
-        self._shuffle = shuffle
         check_same_tokenizer(self.datasets)
-        for dataset, samples in zip(self.datasets, self.samples, strict=True):
-            if samples < 1:
-                raise DataError(
-                    f"{dataset.path} has {dataset.total_tokens} tokens, one sample of data.seq_len={seq_len} "
-                    f"needs {seq_len + 1}; shorten seq_len or give more text"
-                )
+        digests = [dataset.manifest.digest for dataset in self.datasets]
+        # A name says which data a source is, wherever it lies and whichever others there are.
+        self.names = [f"{digest}.{digests[:n].count(digest)}" for n, digest in enumerate(digests)]
+        self._tables: list[tuple[Chunks, Table]] = []
+        self._packings = self._build_packings(tables)
+        self._orders = [
+            Order(packing.layout, seed, name, config.shuffle)
+            for packing, name in zip(self._packings, self.names, strict=True)
+        ]
+        self._seq_lens = SeqLens(
+            self.seq_len, [(self._first_sample(c.tokens), c.seq_len) for c in config.seq_len_schedule]
+        )
+        self._phases = self._build_phases()
+        self._limits = [
+            None if source.max_epochs is None else int(source.max_epochs * samples)
+            for source, samples in zip(config.sources, self.samples, strict=True)
+        ]
+        self.bad_blocks: dict[tuple[str, int], str] = {}  # (file, record batch) → what is wrong with it
+        self.quarantine([Replacement(-1, *bad) for _, table in self._tables for bad in table.damaged])
+        self._gone: dict[str, int] = {}  # cursors of sources that a run has had and no longer has
+        self._hinted: list[set[int]] = [set() for _ in self.datasets]
+        self.skips = Skips()
+        self.blend = Blend(self._phases, self._limits)
+
+    @property
+    def samples(self) -> list[int]:
+        """Samples of each source."""
+        return [packing.layout.num_samples for packing in self._packings]
 
     @property
     def total_tokens(self) -> int:
         """Tokens in all sources."""
         return sum(dataset.total_tokens for dataset in self.datasets)
+
+    @property
+    def num_blocks(self) -> int:
+        """Record batches in all sources."""
+        return sum(dataset.num_blocks for dataset in self.datasets)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """What packing makes of each source, as JSON can hold it: counts, and the share of padding."""
+        found = []
+        for n, dataset in enumerate(self.datasets):
+            samples, documents, tokens = self.samples[n], dataset.num_documents, dataset.total_tokens
+            entry = {"path": str(dataset.path), "documents": documents, "tokens": tokens, "samples": samples}
+            if self._tables:
+                _, _, cut, packed = self._tables[n][1].counts.sum(axis=0).tolist()
+                padding = round(1 - packed / (samples * self.seq_len), 6)
+                entry |= {"documents_cut": cut, "padding": padding}
+            found.append(entry)
+        return found
 
     def check_vocab(self, vocab_size: int) -> None:
         """A model must have a row for every id the data can hold.
@@ -135,178 +183,249 @@ class DataLoader:
                 f"model.vocab_size={vocab_size}; set it to at least {largest.vocab_size}"
             )
 
-    def locate(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Source and sample number within it of each global sample index; int64 [n] each."""
-        source, nth = self._mixture.locate(sample_ids)
+    # --- state ----------------------------------------------------------------------------------
+
+    def state(self, position: int) -> dict[str, Any]:
+        """What a checkpoint taken after `position` samples keeps of the loader, as JSON can hold it."""
+        index = self.skips.index_at(position)
+        return {
+            "order": self._order_settings(),
+            "mixture": self._mixture_digest(),
+            "origin": self.blend.origin,
+            "origin_cursors": self._by_name(self.blend.cursors(self.blend.origin)),
+            "cursors": self._by_name(self.blend.cursors(index)),
+            "skipped": self.skips.ranges,
+            "bad_blocks": [[*place, reason] for place, reason in self.bad_blocks.items()],
+        }
+
+    def restore(self, state: dict[str, Any], position: int) -> bool:
+        """Continue at `position` where the loader with this `state` stood; whether the mixture is another.
+
+        With the mixture it was saved with, the run draws what it would have drawn. With another one it
+        begins that here, and every source, be there more or fewer of them, goes on at its cursor.
+
+        Raises:  ConfigError if the settings that number a source's samples are others
+        """
+        for key, value in self._order_settings().items():
+            if (old := state["order"][key]) != value:
+                raise ConfigError(
+                    f"{key}={value!r}, but this run has read its first {position} samples with {old!r}, and "
+                    "another order would repeat some and lose others; keep it, or use another run_dir"
+                )
+        self.skip(state["skipped"])
+        self.bad_blocks |= {(file, batch): reason for file, batch, reason in state["bad_blocks"]}
+        is_changed: bool = state["mixture"] != self._mixture_digest()
+        origin = self.skips.index_at(position) if is_changed else state["origin"]
+        cursors = state["cursors"] if is_changed else state["origin_cursors"]
+        self._gone = {name: cursor for name, cursor in cursors.items() if name not in self.names}
+        begun = [int(cursors.get(name, 0)) for name in self.names]
+        self.blend = Blend(self._phases, self._limits, origin, begun)
+        return is_changed
+
+    def skip(self, ranges: Iterable[Sequence[int]]) -> None:
+        """Leave out these half-open ranges of global sample indices too; what is before them stays.
+
+        Raises:  ConfigError on a range that is empty or negative
+        """
+        self.skips = Skips([*self.skips.ranges, *((start, stop) for start, stop in ranges)])
+
+    def check_length(self, positions: int) -> None:
+        """A run that consumes so many samples must not run out of data.
+
+        Raises:  DataError if `max_epochs` of all sources allow fewer
+        """
+        self.blend.check(self.skips.index_at(positions - 1))
+
+    def quarantine(self, found: Iterable[Replacement]) -> None:
+        """Count the record batches that these samples lie in as damaged. All ranks must be told alike.
+
+        Raises:  DataError, on every rank, when more than `max_bad_blocks` of all record batches are
+        """
+        for _, file, batch, reason in found:
+            self.bad_blocks[file, batch] = reason
+            if len(self.bad_blocks) > self.config.max_bad_blocks * self.num_blocks:
+                error = DataError(
+                    f"{file}: record batch {batch} {reason}; {len(self.bad_blocks)} of {self.num_blocks} are "
+                    f"damaged, data.max_bad_blocks={self.config.max_bad_blocks} allows fewer: restore the "
+                    "file or rebuild the dataset"
+                )
+                error.is_shared = True
+                raise error
+
+    def save_tables(self, folder: Path) -> None:
+        """Keep the packing tables, if there are any, for the next start.
+
+        Raises:  OSError
+        """
+        for chunks, table in self._tables:
+            table.save(folder, chunks)
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def locate(self, sample_ids: Ints) -> tuple[Ints, Ints]:
+        """Source and sample number within it of each global sample index; int64 [n] each.
+
+        Raises:  DataError past the end of all sources
+        """
+        source, nth = self.blend.locate(sample_ids)
         sample = np.empty_like(nth)
-        for s in np.flatnonzero(np.bincount(source, minlength=len(self.samples))):
-            mine = np.flatnonzero(source == s)
-            epoch, place = np.divmod(nth[mine], self.samples[s])
-            if self._shuffle:
-                for e in sorted(set(epoch.tolist())):
-                    key = order_key(self._seed, e, int(s))
-                    place[epoch == e] = permute(place[epoch == e], self.samples[s], key)
-            sample[mine] = place
+        for s in sorted(set(source.tolist())):
+            mine = source == s
+            sample[mine] = self._orders[s].sample(nth[mine])
         return source, sample
 
-    def batch(self, sample_indices: Sequence[int] | NDArray[np.int64]) -> Batch:
+    def batch(self, sample_ids: Sequence[int] | Ints) -> Batch:
         """The samples with these global indices, one a row, in this order.
 
-        Raises:  DataError on a corrupt record batch
+        Raises:  DataError if one cannot be read and none is found in its place
         """
-        ids = np.array(sample_indices, dtype=np.int64)
-        return self._gather(ids, *self.locate(ids))
+        ids = np.array(sample_ids, dtype=np.int64)
+        return self._gather(ids, *self.locate(ids), row_len=self.seq_len)
 
-    def micro_batches(
-        self, position: int, global_batch_size: int, micro_batch_size: int, rank: int = 0, world: int = 1
-    ) -> list[Batch]:
-        """One rank's part of the step that begins at sample `position`.
+    def micro_batches(self, position: int, share: Share) -> list[Batch]:
+        """One rank's part of the step that begins after `position` consumed samples.
 
-        The step holds the samples [position, position + global_batch_size); rank r takes the r-th of
-        `world` equal runs of them, in micro-batches. All ranks together see the same for any world.
+        The step holds `global_batch_size` samples. All ranks together see the same for any world.
 
-        Raises:  ConfigError if the sizes do not divide; DataError on a corrupt record batch
+        Raises:  ConfigError if the sizes do not divide; DataError as `batch` does
         """
-        if global_batch_size % (world * micro_batch_size):
-            raise ConfigError(
-                f"train.global_batch_size={global_batch_size} is not a multiple of "
-                f"train.micro_batch_size={micro_batch_size} × {world} processes"
-            )
-        share = global_batch_size // world
-        ids = np.arange(share, dtype=np.int64) + (position + rank * share)
-        parts = [array.reshape(-1, micro_batch_size) for array in (ids, *self.locate(ids))]
-        return [self._gather(*part) for part in zip(*parts, strict=True)]
+        share.check()
+        return self._read(*self._plan(position, share, 1)[0])
 
-    def steps(
-        self,
-        position: int,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int = 0,
-        world: int = 1,
-        prefetch: int = 2,
-    ) -> Steps:
-        """The endless run of steps from `position` on, `prefetch` of them read ahead by one thread."""
-        return Steps(self, position, (global_batch_size, micro_batch_size, rank, world), prefetch)
+    def steps(self, position: int, share: Share, prefetch: int = 2) -> ReadAhead[list[Batch]]:
+        """The run of steps from `position` on, `prefetch` of them read ahead by one thread. It has no end but
+        that of the data, a DataError.
 
-    def _gather(
-        self, ids: NDArray[np.int64], sources: NDArray[np.int64], samples: NDArray[np.int64]
-    ) -> Batch:
-        rows, seq = len(ids), self.seq_len
-        tokens = np.empty((rows, seq), dtype=np.int64)
-        labels = np.empty((rows, seq), dtype=np.int64)
-        doc_starts = np.zeros((rows, seq), dtype=np.int32)
+        Raises:  ConfigError if the sizes do not divide
+        """
+        share.check()
+        return ReadAhead(self._steps(position, share), prefetch)
+
+    def _steps(self, position: int, share: Share) -> Iterator[list[Batch]]:
+        plan = self._plan(position, share, 1)  # little, for the first batch is waited for
+        while True:
+            position += len(plan) * share.global_batch_size
+            yield self._read(*plan[0])
+            ahead = None
+            if not self._is_past(position, share):
+                ahead = self._plan(position, share, max(1, PLANNED // share.samples))
+                self._hint(ahead)
+            for step in plan[1:]:
+                yield self._read(*step)
+            plan = ahead or self._plan(position, share, 1)  # which says that the data has ended
+
+    def _is_past(self, position: int, share: Share) -> bool:
+        """Whether the step at `position` has samples that no source can give."""
+        end = self.blend.end
+        return end is not None and self.skips.index_at(position + share.global_batch_size - 1) >= end
+
+    def _plan(self, position: int, share: Share, steps: int) -> list[_Step]:
+        """Where the samples of the next steps are: all of these that the data lasts for.
+
+        Raises:  DataError if it does not last for the first
+        """
+        whole, micro, rank, _ = share
+        while steps > 1 and self._is_past(position + (steps - 1) * whole, share):
+            steps -= 1
+        begins = np.arange(position, position + steps * whole, whole, dtype=np.int64)
+        mine = np.arange(share.samples, dtype=np.int64) + rank * share.samples
+        ids = self.skips.index((begins[:, None] + mine).ravel())
+        self.blend.check(self.skips.index_at(position + whole - 1))
+        parts = [array.reshape(steps, -1, micro) for array in (ids, *self.locate(ids))]
+        row_lens = self._seq_lens.at(self.skips.index(begins)).tolist()
+        return [_Step(*step) for step in zip(*parts, row_lens, strict=True)]
+
+    def _hint(self, plan: list[_Step]) -> None:
+        """Let the datasets begin to read what the plan needs and no plan before it did."""
+        sources = np.concatenate([step.sources.ravel() for step in plan])
+        samples = np.concatenate([step.samples.ravel() for step in plan])
+        for source, dataset in enumerate(self.datasets):
+            hinted = self._hinted[source]
+            needed = self._packings[source].blocks(samples[sources == source]).tolist()
+            if fresh := [number for number in needed if number not in hinted]:
+                dataset.prefetch(fresh)
+            if len(hinted) > MAX_HINTED:
+                hinted.clear()
+            hinted.update(fresh)
+
+    def _read(self, ids: Ints, sources: Ints, samples: Ints, row_len: int) -> list[Batch]:
+        """The micro-batches of a step."""
+        return [self._gather(*part, row_len=row_len) for part in zip(ids, sources, samples, strict=True)]
+
+    def _gather(self, ids: Ints, sources: Ints, samples: Ints, *, row_len: int) -> Batch:
+        rows = Rows(len(ids), self.seq_len, self._dtype, self.config.document_mask)
+        replaced = []
         for row, (source, sample) in enumerate(zip(sources.tolist(), samples.tolist(), strict=True)):
-            start = sample * seq
-            stream, boundaries, _ = self.datasets[source].read(start, start + seq + 1)
-            tokens[row] = stream[:-1]
-            labels[row] = stream[1:]
-            if self._document_mask:
-                inner = boundaries[boundaries > 0]  # a document that begins with the row needs no mark
-                labels[row, inner - 1] = IGNORE
-                _mark_documents(doc_starts[row], inner)
-        places = np.arange(seq, dtype=np.int64)
-        if not self._document_mask:
-            positions = np.broadcast_to(places, (rows, seq)).copy()
-            return Batch(tokens, labels, positions, None, ids)
-        return Batch(tokens, labels, places - doc_starts, doc_starts, ids)
+            try:
+                self._packings[source].fill(sample, rows, row)
+            except CorruptBlockError as error:
+                self._replace(source, sample, rows, row, error)
+                replaced.append(Replacement(int(ids[row]), error.file, error.batch, error.reason))
+        return rows.batch(ids, row_len, tuple(replaced), self.allocate)
 
+    def _replace(self, source: int, sample: int, rows: Rows, row: int, error: CorruptBlockError) -> None:
+        """Read another sample of the source, which one being a function of the sample: every rank, in every
+        epoch, finds the same.
 
-def _mark_documents(row: NDArray[np.int32], starts: NDArray[np.int64]) -> None:
-    """Fill zeros [seq] with the latest of the ascending `starts` at or before each place."""
-    if starts.size <= 8:  # the usual case, and several times faster than a scan of the row
-        for start in starts.tolist():
-            row[start:] = start
-    else:
-        inside = starts[starts < row.size]
-        row[inside] = inside
-        np.maximum.accumulate(row, out=row)
+        Raises:  CorruptBlockError if none of `ATTEMPTS` can be read, or none is to be
+        """
+        if not self.config.max_bad_blocks:
+            raise error
+        for attempt in range(ATTEMPTS):
+            key = order_key(self._seed, attempt, self.names[source], "replacement")
+            try:
+                other = int(permute(sample, self.samples[source], key))
+                return self._packings[source].fill(other, rows, row)
+            except CorruptBlockError:
+                continue
+        raise error
 
+    # --- construction ---------------------------------------------------------------------------
 
-class Steps:
-    """An iterator over steps, each a list of this rank's micro-batches. Close it, or use `with`.
+    def _build_packings(self, tables: Sequence[Table]) -> list[Packing]:
+        config = self.config
+        if config.packing == "concat":
+            return [Concat(dataset, self.seq_len, config.shuffle_chunks) for dataset in self.datasets]
+        chunks = [Chunks(dataset, self.seq_len) for dataset in self.datasets]
+        found = tables or [Table.build(each) for each in chunks]
+        self._tables = list(zip(chunks, found, strict=True))
+        return [BestFit(*each, config.shuffle_chunks) for each in self._tables]
 
-    `wait_s` is the time its consumer has spent waiting for data.
+    def _build_phases(self) -> list[Phase]:
+        """The mixture from the start, by `sources` or `temperature`, and each change of it."""
+        config = self.config
+        tokens = [dataset.total_tokens for dataset in self.datasets]
+        if not tokens:
+            raise ConfigError("a mixture needs at least one source; data.sources is empty")
 
-    Raises:  whatever reading raised, once the steps read before it are consumed
-    """
+        def weights(explicit: tuple[float, ...], temperature: float | None) -> tuple[float, ...]:
+            return explicit if temperature is None else temperature_weights(tokens, temperature)
 
-    def __init__(
-        self, loader: DataLoader, position: int, shape: tuple[int, int, int, int], prefetch: int
-    ) -> None:
-        self.wait_s = 0.0
-        self._loader = loader
-        self._position = position
-        self._shape = shape
-        self._prefetch = prefetch
-        self._ready: deque[list[Batch]] = deque()
-        self._error: BaseException | None = None
-        self._closed = False
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-        if prefetch:
-            # A daemon, so that a consumer that dies without closing does not keep the process alive.
-            self._thread = threading.Thread(target=self._read_ahead, name="megalite-data", daemon=True)
-            self._thread.start()
+        first = weights(tuple(source.weight for source in config.sources), config.temperature)
+        changes = [
+            Phase(self._first_sample(change.tokens), weights(change.weights, change.temperature))
+            for change in config.schedule
+        ]
+        return [Phase(0, first), *changes]
 
-    def __iter__(self) -> Self:
-        return self
+    def _first_sample(self, tokens: int) -> int:
+        """The first global sample of which at least so many tokens lie before."""
+        return -(-tokens // self.seq_len)
 
-    def __next__(self) -> list[Batch]:
-        began = time.perf_counter()
-        try:
-            if self._closed:
-                raise StopIteration
-            return self._read() if self._thread is None else self._take()
-        finally:
-            self.wait_s += time.perf_counter() - began
+    def _order_settings(self) -> dict[str, Any]:
+        """What numbers the samples of a source, by the key that sets it."""
+        config = self.config
+        return {
+            "seed": self._seed,
+            "data.seq_len": config.seq_len,
+            "data.packing": config.packing,
+            "data.shuffle": config.shuffle,
+            "data.shuffle_chunks": config.shuffle_chunks,
+        }
 
-    def close(self) -> None:
-        """Stop reading ahead and wait for the thread to end. May be called twice."""
-        with self._changed:
-            self._closed = True
-            self._ready.clear()
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+    def _mixture_digest(self) -> str:
+        content = json.dumps([self.names, self.samples, self._limits, self._phases])
+        return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _read(self) -> list[Batch]:
-        step = self._loader.micro_batches(self._position, *self._shape)
-        self._position += self._shape[0]
-        return step
-
-    def _take(self) -> list[Batch]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._error is not None or self._closed)
-            if self._ready:
-                self._changed.notify_all()
-                return self._ready.popleft()
-            if self._error is not None:
-                raise self._error
-            raise StopIteration
-
-    def _read_ahead(self) -> None:
-        try:
-            while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: len(self._ready) < self._prefetch or self._closed)
-                    if self._closed:
-                        return
-                step = self._read()
-                with self._changed:
-                    if not self._closed:
-                        self._ready.append(step)
-                    self._changed.notify_all()
-        except BaseException as error:
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+    def _by_name(self, cursors: Sequence[int]) -> dict[str, int]:
+        return self._gone | dict(zip(self.names, cursors, strict=True))

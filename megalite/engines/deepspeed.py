@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from megalite.checkpoint.format import TensorSlice
 from megalite.checkpoint.store import Checkpoint
 from megalite.config import Config
-from megalite.data.loader import Batch
+from megalite.data.batch import Batch
 from megalite.engines.deepspeed_state import DeepSpeedState, Partition, open_state
 from megalite.engines.engine import DTYPES, StepSums
 from megalite.errors import ConfigError

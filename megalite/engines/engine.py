@@ -15,7 +15,7 @@ import torch
 
 from megalite.checkpoint.format import TensorSlice
 from megalite.checkpoint.store import Checkpoint
-from megalite.data.loader import Batch
+from megalite.data.batch import Batch
 from megalite.optim.loss_scale import LossScale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,7 +14,7 @@ from torch import Tensor
 from megalite.checkpoint.format import TensorSlice
 from megalite.checkpoint.store import Checkpoint
 from megalite.config import Config
-from megalite.data.loader import Batch
+from megalite.data.batch import Batch
 from megalite.engines.engine import DTYPES, StepSums
 from megalite.model.init import initial_values
 from megalite.model.transformer import Part, Shared, Transformer, dropout_keys

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from data_tools.cli import add_commands
 from data_tools.verify import find_faults
+from megalite.config import DataConfig
 from megalite.data import manifest as manifest_module
-from megalite.data.shards import Dataset
+from megalite.data.loader import DataLoader
+from megalite.data.shards import Block, CorruptBlockError, Dataset
 from megalite.data.tokenizer import ByteTokenizer
 from megalite.data.writer import ShardWriter
 
@@ -44,6 +46,29 @@ def write(folder: Path, documents: Sequence[NDArray[np.int64]], **options: objec
         for n, document in enumerate(documents):
             writer.write(f"doc{n}", "test", document, None if spans is None else spans[n])
     return Dataset(folder)
+
+
+def loader(
+    datasets: Dataset | Sequence[Dataset], seq_len: int, *, seed: int = 0, **settings: object
+) -> DataLoader:
+    """A loader of these datasets with `[data]` settings; `sources` are all but the paths."""
+    datasets = [datasets] if isinstance(datasets, Dataset) else list(datasets)
+    sources = settings.pop("sources", [{}] * len(datasets))
+    named = [{"path": str(d.path), **s} for d, s in zip(datasets, sources, strict=True)]  # type: ignore[call-overload]
+    values = {"seq_len": seq_len, "sources": named, **settings}
+    return DataLoader(DataConfig.model_validate(values), seed, datasets)
+
+
+class DamagedDataset(Dataset):
+    """A dataset some of whose blocks cannot be read."""
+
+    damaged: frozenset[int] = frozenset()
+
+    def block(self, number: int) -> Block:
+        """The block, if it is sound."""
+        if number in self.damaged:
+            raise CorruptBlockError(str(self.path / "shard_00000.arrow"), number, number, "is corrupt: CRC 1")
+        return super().block(number)
 
 
 def verify(folder: Path) -> Dataset:

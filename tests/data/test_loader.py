@@ -1,124 +1,273 @@
-"""Batches: right to the token, the same for any split among ranks, read ahead without surprises."""
+"""Batches are a function of the sample indices: the same for any split, resume, skip or damage."""
 
 from __future__ import annotations
 
-import threading
+import hashlib
+import json
 import time
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.data.loader import IGNORE, Batch, DataLoader, check_same_tokenizer, open_sources
+from megalite.data.batch import Batch, Replacement
+from megalite.data.loader import DataLoader, Share, check_same_tokenizer, open_datasets
 from megalite.errors import ConfigError, DataError
 
-from .datasets import WideTokenizer, random_documents, write
+from .datasets import DamagedDataset, WideTokenizer, loader, random_documents, write
+
+SCHEDULE = {
+    "schedule": [{"tokens": 16 * 40, "weights": [0.2, 0.8]}, {"tokens": 16 * 90, "temperature": 2.0}],
+    "seq_len_schedule": [{"tokens": 0, "seq_len": 4}, {"tokens": 16 * 50, "seq_len": 16}],
+    "sources": [{"weight": 0.7, "max_epochs": 1.5}, {"weight": 0.3}],
+}
 
 
-def naive_row(lengths: list[int], stream: np.ndarray, sample: int, seq: int, mask: bool):
-    """A row token by token, as one would explain it."""
-    document = [n for n, length in enumerate(lengths) for _ in range(length)]
-    tokens, labels, positions, starts = [], [], [], []
-    for place in range(seq):
-        at = sample * seq + place
-        first = next(p for p in range(place + 1) if not mask or document[sample * seq + p] == document[at])
-        tokens.append(stream[at])
-        labels.append(stream[at + 1] if not mask or document[at + 1] == document[at] else IGNORE)
-        positions.append(place - first)
-        starts.append(first)
-    return tokens, labels, positions, starts
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 50) | st.just(1), min_size=1, max_size=25),
-    seq=st.integers(1, 24),
-    mask=st.booleans(),
-)
-def test_rows_against_a_naive_reference(tmp_path_factory, lengths, seq, mask):
-    lengths = [*lengths, seq + 1]
-    documents = random_documents(lengths)
-    dataset = write(tmp_path_factory.mktemp("x") / "d", documents, batch_tokens=37)
-    stream = np.concatenate(documents)
-    loader = DataLoader([(dataset, 1.0)], seq_len=seq, seed=0, document_mask=mask, shuffle=False)
-    assert loader.samples == [(len(stream) - 1) // seq]
-    batch = loader.batch(range(loader.samples[0]))
-    for sample in range(loader.samples[0]):
-        tokens, labels, positions, starts = naive_row(lengths, stream, sample, seq, mask)
-        assert batch.tokens[sample].tolist() == tokens
-        assert batch.labels[sample].tolist() == labels
-        assert batch.positions[sample].tolist() == positions
-        if mask:
-            assert batch.doc_starts[sample].tolist() == starts
-    assert (batch.doc_starts is None) == (not mask)
-    assert [batch.tokens.dtype, batch.labels.dtype, batch.positions.dtype] == [np.int64] * 3
-    assert batch.doc_starts is None or batch.doc_starts.dtype == np.int32
-
-
-@pytest.fixture
-def loader(tmp_path):
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
     rng = np.random.default_rng(1)
-    datasets = [
-        write(tmp_path / name, random_documents(rng.integers(1, 60, 120), seed=n), batch_tokens=500)
-        for n, name in enumerate("ab")
-    ]
-    return DataLoader([(datasets[0], 0.7), (datasets[1], 0.3)], seq_len=16, seed=3)
+    root = tmp_path_factory.mktemp("loader")
+    for n, name in enumerate("abc"):
+        write(root / name, random_documents(rng.integers(1, 60, 120), seed=n), batch_tokens=500)
+    return open_datasets(str(root / name) for name in "abc")
+
+
+@pytest.fixture(params=["concat", "best_fit"])
+def data(request, datasets):
+    return loader(datasets[:2], 16, seed=3, packing=request.param, **SCHEDULE)
 
 
 def joined(batches: list[Batch]) -> dict[str, np.ndarray]:
-    return {f.name: np.concatenate([getattr(batch, f.name) for batch in batches]) for f in fields(Batch)}
+    names = [f.name for f in fields(Batch) if f.name not in ("replaced", "cu_seqlens")]
+    found = {name: np.concatenate([getattr(batch, name) for batch in batches]) for name in names}
+    sizes = np.cumsum([0, *(batch.tokens.size for batch in batches)])
+    edges = [batch.cu_seqlens[:-1] + size for batch, size in zip(batches, sizes, strict=False)]
+    return found | {"cu_seqlens": np.append(np.concatenate(edges), sizes[-1])}
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12, 24])
-@pytest.mark.parametrize("position", [0, 24, 24 * 1001])
-def test_the_global_batch_is_the_same_on_any_number_of_ranks(loader, world, position):
-    expected = joined([loader.batch(range(position, position + 24))])
-    for micro in [m for m in (1, 2, 3, 4, 6, 8, 12, 24) if 24 % (m * world) == 0]:
-        ranks = [loader.micro_batches(position, 24, micro, rank, world) for rank in range(world)]
-        assert {len(batches) for batches in ranks} == {24 // world // micro}
-        found = joined([batch for batches in ranks for batch in batches])
-        for name, values in expected.items():
-            np.testing.assert_array_equal(found[name], values, err_msg=name)
+def digest(batches: list[Batch]) -> str:
+    arrays = joined(batches)
+    return hashlib.sha256(
+        b"".join(np.ascontiguousarray(arrays[name]).tobytes() for name in arrays)
+    ).hexdigest()
 
 
-def test_sizes_that_do_not_divide(loader):
+@pytest.mark.parametrize("position", [0, 24 * 2, 24 * 1001])
+def test_the_global_batch_is_the_same_on_any_number_of_ranks(data, position):
+    expected = digest(data.micro_batches(position, Share(24, 24)))
+    for world in (1, 2, 3, 8):
+        for micro in [m for m in (1, 3, 12) if 24 % (m * world) == 0]:
+            ranks = [data.micro_batches(position, Share(24, micro, rank, world)) for rank in range(world)]
+            assert {len(batches) for batches in ranks} == {24 // world // micro}
+            assert digest([batch for batches in ranks for batch in batches]) == expected
+
+
+def test_sizes_that_do_not_divide(data):
     with pytest.raises(ConfigError, match=r"global_batch_size=24 .*micro_batch_size=5 × 1"):
-        loader.micro_batches(0, 24, 5)
+        data.steps(0, Share(24, 5))
 
 
-def test_every_epoch_delivers_every_sample_once_in_a_new_order(tmp_path):
-    dataset = write(tmp_path / "d", random_documents([400, 300, 33]))
-    loader = DataLoader([(dataset, 1.0)], seq_len=10, seed=3)
-    n = loader.samples[0]
-    epochs = [loader.locate(np.arange(e * n, (e + 1) * n))[1].tolist() for e in range(3)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(n))] * 3
-    assert epochs[0] != epochs[1] != epochs[2] != list(range(n))
-    across = loader.locate(np.arange(n - 5, n + 5))[1].tolist()
-    assert across == epochs[0][-5:] + epochs[1][:5]
-    other = DataLoader([(dataset, 1.0)], seq_len=10, seed=4)
-    assert other.locate(np.arange(n))[1].tolist() != epochs[0]
-    plain = DataLoader([(dataset, 1.0)], seq_len=10, seed=3, shuffle=False)
-    assert plain.locate(np.arange(2 * n))[1].tolist() == [*range(n), *range(n)]
+@settings(max_examples=25, deadline=None)
+@given(
+    lives=st.lists(
+        st.tuples(
+            st.integers(0, 5), st.sampled_from([1, 2, 3, 6]), st.sampled_from([1, 2, 4]), st.integers(0, 3)
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    packing=st.sampled_from(["concat", "best_fit"]),
+    skipped=st.lists(st.tuples(st.integers(0, 200), st.integers(1, 40)), max_size=3),
+)
+def test_a_run_killed_anywhere_and_continued_anyhow_reads_what_an_unkilled_one_does(
+    datasets, lives, packing, skipped
+):
+    """Each life continues from the state of the last one's newest save on its own number of ranks, with its
+    own micro-batch size and prefetch."""
+    make = {"seed": 3, "packing": packing, **SCHEDULE}
+    whole = loader(datasets[:2], 16, **make)
+    whole.skip([(start, start + length) for start, length in skipped])
+    steps = iter(whole.steps(0, Share(24, 24), prefetch=0))
+    state, position = json.dumps(whole.state(0)), 0
+    for count, world, micro, prefetch in lives:
+        ranks = []
+        for rank in range(world):
+            mine = loader(datasets[:2], 16, **make)
+            assert not mine.restore(json.loads(state), position)
+            ranks.append(mine.steps(position, Share(24, micro, rank, world), prefetch))
+        for _ in range(count):
+            parts = [next(rank) for rank in ranks]
+            assert digest([batch for part in parts for batch in part]) == digest(next(steps))
+            position += 24
+        for rank in ranks:
+            rank.close()
+        state = json.dumps(mine.state(position))
 
 
-def test_mixture_shares(loader):
-    sources, _ = loader.locate(np.arange(1000))
-    assert abs(np.bincount(sources) - [700, 300]).max() <= 1
+def test_every_epoch_delivers_every_token_once(datasets):
+    """Through two epochs of each source, across changes of weights and of row length."""
+    plan = {
+        "sources": [{"weight": 0.7, "max_epochs": 2}, {"weight": 0.3, "max_epochs": 2}],
+        "schedule": [{"tokens": 16 * 55, "weights": [0.1, 0.9]}],
+        "seq_len_schedule": [{"tokens": 0, "seq_len": 8}, {"tokens": 16 * 99, "seq_len": 16}],
+    }
+    data = loader(datasets[:2], 16, **plan)
+    total = 2 * sum(data.samples)
+    assert data.blend.end == total
+    data.check_length(total)
+    with pytest.raises(DataError, match="max_epochs"):
+        data.check_length(total + 1)
+    expected = np.zeros(257, dtype=np.int64)
+    for dataset, samples in zip(datasets, data.samples, strict=False):
+        expected += 2 * np.bincount(dataset.read(0, samples * 16).tokens, minlength=257)
+    found = np.zeros(257, dtype=np.int64)
+    seen = []
+    for position in range(0, total, 1):
+        (batch,) = data.micro_batches(position, Share(1, 1))
+        found += np.bincount(batch.tokens.ravel(), minlength=257)
+        seen.append(batch.tokens.ravel().tobytes())
+    assert found.tolist() == expected.tolist()
+    assert len(set(seen)) == sum(data.samples)
+    with pytest.raises(DataError, match="past the data"):
+        data.micro_batches(total, Share(1, 1))
+    for world in (1, 2):  # a step that is not whole is not begun, by any rank
+        with data.steps(total - 21, Share(4, 2, 0, world)) as steps:
+            for n in range(5):
+                assert next(steps)[0].sample_ids[0] == total - 21 + 4 * n
+            with pytest.raises(DataError, match="past the data"):
+                next(steps)
 
 
-def test_too_little_data_and_too_small_a_model(tmp_path):
-    dataset = write(tmp_path / "d", random_documents([10]))
-    assert DataLoader([(dataset, 1.0)], seq_len=9, seed=0).samples == [1]
-    with pytest.raises(DataError, match=r"has 10 tokens, one sample of data\.seq_len=10 needs 11"):
-        DataLoader([(dataset, 1.0)], seq_len=10, seed=0)
-    loader = DataLoader([(dataset, 1.0)], seq_len=5, seed=0)
-    loader.check_vocab(257)
+def test_a_changed_mixture_continues_where_each_source_stood(datasets):
+    before = loader(datasets[:2], 16, sources=[{"weight": 0.5}, {"weight": 0.5}])
+    state = json.loads(json.dumps(before.state(50)))
+    assert list(state["cursors"].values()) == [25, 25]
+    source, sample = before.locate(np.arange(50))
+    # The second leaves, a third comes, the shares change; then the second is back.
+    after = loader([datasets[2], datasets[0]], 16, sources=[{"weight": 0.75}, {"weight": 0.25}])
+    assert after.restore(state, 50)
+    state = json.loads(json.dumps(after.state(90)))
+    assert dict(zip(after.names, [30, 35], strict=True)).items() <= state["cursors"].items()
+    last = loader(datasets[:2], 16)
+    assert last.restore(state, 90)
+    first_kind = [
+        *sample[source == 0],
+        *(lambda s, n: n[s == 1])(*after.locate(np.arange(50, 90))),
+        *(lambda s, n: n[s == 0])(*last.locate(np.arange(90, 150))),
+    ]
+    assert first_kind == loader(datasets[0], 16).locate(np.arange(len(first_kind)))[1].tolist()
+    assert last.blend.cursors(90) == [35, 25]
+    # Saved and restored with nothing changed, it goes on from the same origin.
+    again = loader(datasets[:2], 16)
+    assert not again.restore(json.loads(json.dumps(last.state(150))), 150)
+    assert again.locate(np.arange(90, 200))[1].tolist() == last.locate(np.arange(90, 200))[1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"seq_len": 8}, "data.seq_len=8, .* first 40 samples with 16"),
+        ({"packing": "best_fit"}, "data.packing='best_fit'"),
+        ({"shuffle": False}, "data.shuffle=False"),
+        ({"shuffle_chunks": 3}, "data.shuffle_chunks=3"),
+        ({"seed": 4}, "seed=4"),
+    ],
+)
+def test_another_order_is_refused(datasets, changed, words):
+    state = loader(datasets[0], 16).state(40)
+    with pytest.raises(ConfigError, match=words):
+        loader(datasets[0], **{"seq_len": 16, **changed}).restore(state, 40)
+
+
+def test_ranges_left_out_move_what_comes_after(datasets):
+    data = loader(datasets[:2], 16)
+    plain = data.batch(range(200))
+    data.skip([(10, 20), (50, 53)])
+    data.skip([[15, 25]])
+    expected = [n for n in range(200) if not (10 <= n < 25 or 50 <= n < 53)]
+    (found,) = data.micro_batches(4, Share(60, 60))
+    assert found.sample_ids.tolist() == expected[4:64]
+    assert (found.tokens == plain.tokens[expected[4:64]]).all()
+    other = loader(datasets[:2], 16)
+    other.restore(json.loads(json.dumps(data.state(30))), 30)
+    assert other.skips.ranges == ((10, 25), (50, 53))
+
+
+def damaged(root, blocks, **settings) -> tuple[DataLoader, DataLoader]:
+    """Loaders of a dataset as it was and with these blocks damaged."""
+    documents = random_documents(np.random.default_rng(5).integers(1, 60, 200))
+    sound = write(root / "d", documents, batch_tokens=300)
+    bad = DamagedDataset(root / "d")
+    bad.damaged = frozenset(blocks)
+    return loader(sound, 16, max_bad_blocks=0.3, **settings), loader(bad, 16, max_bad_blocks=0.3, **settings)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_what_cannot_be_read_is_replaced_alike_on_all_ranks(tmp_path, monkeypatch, packing):
+    monkeypatch.setattr("megalite.data.best_fit.CHUNK_TOKENS", 300)
+    monkeypatch.setattr("megalite.data.best_fit.CHUNK_SAMPLES", 1)
+    sound, bad = damaged(tmp_path, [], packing=packing)
+    bad.datasets[0].damaged = frozenset({3, 7})  # type: ignore[attr-defined]  # after the table was made
+    n = sound.samples[0]
+    before, after = sound.batch(range(n)), bad.batch(range(n))
+    lost = {each.sample_id for each in after.replaced}
+    assert {each.batch for each in after.replaced} == {3, 7}
+    assert 20 < len(lost) < n / 2
+    rows = {row.tobytes() for row in before.tokens}
+    for sample in range(n):
+        assert after.tokens[sample].tobytes() in rows
+        assert sample in lost or after.tokens[sample].tolist() == before.tokens[sample].tolist()
+    # Whoever reads a sample, with whatever others, reads the same in its place.
+    ranks = [bad.micro_batches(0, Share(24, 2, rank, 3)) for rank in range(3)]
+    assert digest([batch for rank in ranks for batch in rank]) == digest(bad.micro_batches(0, Share(24, 24)))
+    every = {each for rank in ranks for batch in rank for each in batch.replaced}
+    assert every == set(bad.micro_batches(0, Share(24, 24))[0].replaced)
+
+
+def test_a_damaged_chunk_packs_into_nothing_when_the_table_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("megalite.data.best_fit.CHUNK_TOKENS", 300)
+    monkeypatch.setattr("megalite.data.best_fit.CHUNK_SAMPLES", 1)
+    sound, bad = damaged(tmp_path, [3], packing="best_fit")
+    assert list(bad.bad_blocks) == [(str(tmp_path / "d/shard_00000.arrow"), 3)]
+    assert 0 < sound.samples[0] - bad.samples[0] < 40
+    assert not bad.batch(range(bad.samples[0])).replaced
+
+
+def test_too_many_damaged_blocks_end_the_run(tmp_path):
+    _, bad = damaged(tmp_path, [2])
+    total = bad.num_blocks
+    allowed = int(0.3 * total)
+    found = [Replacement(n, "shard", n, "is corrupt") for n in range(allowed + 1)]
+    bad.quarantine([*found[:-1], *found[:-1]])  # the same ones again are no more
+    assert len(bad.bad_blocks) == allowed
+    other = loader(bad.datasets, 16, max_bad_blocks=0.3)
+    other.restore(json.loads(json.dumps(bad.state(5))), 5)
+    for each in (bad, other):
+        with pytest.raises(
+            DataError, match=f"shard: record batch {allowed} is corrupt; {allowed + 1} of {total}"
+        ):
+            each.quarantine(found[-1:])
+
+
+def test_damage_is_an_error_where_nothing_may_be_replaced(tmp_path):
+    _, bad = damaged(tmp_path, range(1000))
+    with pytest.raises(DataError, match="is corrupt"):
+        bad.batch([0])
+    _, bad = damaged(tmp_path / "x", [0])
+    strict = DataLoader(bad.config.model_copy(update={"max_bad_blocks": 0.0}), 0, bad.datasets)
+    with pytest.raises(DataError, match="record batch 0 is corrupt"):
+        strict.batch(range(strict.samples[0]))
+
+
+def test_too_small_a_model_and_no_data(tmp_path, datasets):
+    data = loader(datasets[0], 5)
+    data.check_vocab(257)
     with pytest.raises(DataError, match=r"vocabulary of 257, but model\.vocab_size=256"):
-        loader.check_vocab(256)
+        data.check_vocab(256)
     with pytest.raises(ConfigError, match=r"data\.sources is empty"):
-        DataLoader([], seq_len=5, seed=0)
+        loader([], 5)
 
 
 def test_tokenizers_must_agree(tmp_path):
@@ -132,88 +281,64 @@ def test_tokenizers_must_agree(tmp_path):
     ):
         check_same_tokenizer([a, a, b])
     with pytest.raises(DataError, match="different tokenizers"):
-        DataLoader([(a, 1.0), (b, 1.0)], seq_len=5, seed=0)
+        loader([a, b], 5)
 
 
-def test_open_sources(tmp_path):
-    @dataclass(frozen=True)
-    class Source:
-        path: str
-        weight: float
+def test_arrays_come_from_the_given_allocator(datasets):
+    made = []
 
-    write(tmp_path / "a", random_documents([10]))
-    ((dataset, weight),) = open_sources([Source(str(tmp_path / "a"), 2.0)])
-    assert (dataset.total_tokens, weight) == (10, 2.0)
+    def allocate(shape, dtype):
+        made.append(np.full(shape, 7, dtype=dtype))
+        return made[-1]
+
+    config = loader(datasets[0], 16).config
+    batch = DataLoader(config, 0, datasets[:1], allocate=allocate).batch([0, 1])
+    for array in (batch.tokens, batch.labels, batch.positions, batch.doc_starts):
+        assert any(np.shares_memory(array, each) for each in made)
+    assert (batch.tokens == loader(datasets[0], 16).batch([0, 1]).tokens).all()
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
-def test_steps_are_the_micro_batches_in_order(loader, prefetch):
-    shape = {"global_batch_size": 8, "micro_batch_size": 2}
-    with loader.steps(40, **shape, rank=1, world=2, prefetch=prefetch) as steps:
+def test_steps_are_the_micro_batches_in_order(data, prefetch):
+    with data.steps(40, Share(8, 2, 1, 2), prefetch=prefetch) as steps:
         for n in range(12):
-            found = joined(next(steps))
-            expected = joined(loader.micro_batches(40 + 8 * n, 8, 2, 1, 2))
-            for name, values in expected.items():
-                np.testing.assert_array_equal(found[name], values)
+            assert digest(next(steps)) == digest(data.micro_batches(40 + 8 * n, Share(8, 2, 1, 2)))
         assert steps.wait_s > 0
     with pytest.raises(StopIteration):
         next(steps)
 
 
-def test_reading_ahead_is_bounded_and_stops(loader):
-    before = threading.active_count()
-    calls = []
-    read = loader.micro_batches
-    loader.micro_batches = lambda *args: calls.append(args) or read(*args)  # type: ignore[method-assign]
-    steps = loader.steps(0, global_batch_size=8, micro_batch_size=2, prefetch=3)
-    deadline = time.monotonic() + 5
-    while len(calls) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert len(calls) == 3
-    next(steps)
-    steps.close()
-    steps.close()
-    assert threading.active_count() == before
-    assert len(calls) <= 4
+def test_datasets_are_told_what_is_read_next(datasets, monkeypatch):
+    monkeypatch.setattr("megalite.data.loader.PLANNED", 16)
+    told, read = [], []
+    data = loader(datasets[0], 16, shuffle=False)
+    dataset = data.datasets[0]
+    monkeypatch.setattr(dataset, "prefetch", lambda blocks: told.extend(blocks))
+    block = dataset.block
+    monkeypatch.setattr(
+        dataset, "block", lambda number: read.append((number, number in told)) or block(number)
+    )
+    with data.steps(0, Share(4, 4), prefetch=0) as steps:
+        for _ in range(data.samples[0] // 4):
+            next(steps)
+    assert told == sorted(set(told)), "each once"
+    assert {number for number, was_told in read if not was_told} == {0}  # the first batch waits for its own
 
 
-def test_an_error_arrives_after_the_steps_before_it(loader):
-    read = loader.micro_batches
-
-    def breaks(position, *args):
-        if position == 16:
-            raise DataError("batch 7 is corrupt")
-        return read(position, *args)
-
-    loader.micro_batches = breaks  # type: ignore[method-assign]
-    with loader.steps(0, global_batch_size=8, micro_batch_size=2, prefetch=4) as steps:
-        assert next(steps)[0].sample_ids[0] == 0
-        assert next(steps)[0].sample_ids[0] == 8
-        for _ in range(2):
-            with pytest.raises(DataError, match="batch 7 is corrupt"):
-                next(steps)
+def test_a_summary_of_what_is_read(datasets):
+    (entry,) = loader(datasets[0], 16).summary()
+    assert (entry["documents"], entry["samples"]) == (120, (datasets[0].total_tokens - 1) // 16)
+    data = loader(datasets[0], 16, packing="best_fit")
+    (entry,) = data.summary()
+    labels = data.batch(range(data.samples[0])).labels.size
+    assert entry["padding"] == round(1 - datasets[0].total_tokens / labels, 6)
+    lengths = [len(document.tokens) for document in datasets[0].documents()]
+    assert entry["documents_cut"] == sum(length > 16 for length in lengths)
 
 
-def test_closing_wakes_a_waiting_consumer(loader):
-    release = threading.Event()
-    read = loader.micro_batches
-    loader.micro_batches = lambda *args: release.wait(10) and read(*args)  # type: ignore[method-assign]
-    steps = loader.steps(0, global_batch_size=8, micro_batch_size=2, prefetch=1)
-    ended = []
-    consumer = threading.Thread(target=lambda: ended.append(next(steps, "end")))
-    consumer.start()
-    closer = threading.Thread(target=steps.close)
-    closer.start()
-    consumer.join(5)
-    assert ended == ["end"]
-    release.set()
-    closer.join(5)
-    assert not closer.is_alive()
-
-
-def test_resuming_far_in_is_immediate(loader):
-    loader.batch(range(8))
+def test_resuming_far_in_is_immediate(datasets):
+    data = loader(datasets[:2], 16)
+    data.batch(range(8))
     began = time.perf_counter()
-    loader.batch(range(10**12, 10**12 + 8))
+    data.batch(range(10**12, 10**12 + 8))
     assert time.perf_counter() - began < 0.05

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from benchmarks import traffic
 from megalite.config import Config
 from megalite.config_file import build_config
-from megalite.data.loader import Batch
+from megalite.data.batch import Batch
 from megalite.engines.native import NativeEngine
 from megalite.model.transformer import Transformer
 from megalite.optim.buckets import ROOT, lay_out
@@ -80,7 +80,8 @@ def _sent(mesh: Mesh, config: Config, micro_batches: int) -> Fraction:
     engine.initialize()
     ids = np.random.default_rng(engine.mesh.dp.rank).integers(0, 101, (MICRO, SEQ + 1))
     positions = np.broadcast_to(np.arange(SEQ), (MICRO, SEQ)).copy()
-    batch = Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), positions, None, np.arange(MICRO))
+    edges = np.arange(0, MICRO * SEQ + 1, SEQ, dtype=np.int32)
+    batch = Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), positions, None, np.arange(MICRO), edges)
     with traffic.Traffic() as counted:
         engine.forward_backward([batch] * micro_batches)
         engine.optimizer_step(1e-3, 1.0)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from megalite.config import Config, Source
-from megalite.data.loader import open_sources
+from megalite.config import Config
+from megalite.data.loader import open_datasets
 from megalite.data.shards import Dataset
 from megalite.data.tokenizer import ByteTokenizer
 from megalite.data.writer import ShardWriter
@@ -358,19 +359,19 @@ def _expect_disagreement(mesh: Mesh, config: Config) -> str:
 
 
 def _expect_a_peers_trouble(mesh: Mesh, config: Config) -> tuple[str, bool]:
-    import megalite.trainer
+    import megalite.run_data
 
-    def gone(sources: object) -> None:
+    def gone(paths: object) -> None:
         raise DataError("this host has no data/train")
 
-    original = megalite.trainer.open_sources
+    original = megalite.run_data.open_datasets
     if mesh.rank == 1:
-        megalite.trainer.open_sources = gone  # type: ignore[assignment]
+        megalite.run_data.open_datasets = gone  # type: ignore[assignment]
     try:
         with pytest.raises(DataError) as caught:
             Trainer(config, mesh)
     finally:
-        megalite.trainer.open_sources = original
+        megalite.run_data.open_datasets = original
     return str(caught.value), caught.value.is_shared
 
 
@@ -384,10 +385,10 @@ def _expect_other_code(mesh: Mesh, config: Config) -> str:
 def _expect_other_data(mesh: Mesh, config: Config, others: str) -> str:
     """On rank 1 the same paths hold another dataset, as on a host with a disk of its own."""
 
-    def open_others(sources: tuple[Source, ...]) -> object:
-        return open_sources(tuple(Source(path=others if mesh.rank == 1 else s.path) for s in sources))
+    def open_others(paths: Iterable[str]) -> object:
+        return open_datasets(others if mesh.rank == 1 else path for path in paths)
 
-    with mock.patch("megalite.trainer.open_sources", open_others), pytest.raises(DataError) as caught:
+    with mock.patch("megalite.run_data.open_datasets", open_others), pytest.raises(DataError) as caught:
         Trainer(config, mesh)
     assert caught.value.is_shared
     return str(caught.value)
