@@ -10,8 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite_kernels import gelu, layer_norm, rms_norm, rope, swiglu
+from megalite_kernels import (
+    add_layer_norm,
+    add_rms_norm,
+    gelu,
+    layer_norm,
+    rms_norm,
+    rope,
+    rope_qkv,
+    swiglu,
+)
 from megalite_kernels.dispatch import resolve
+from megalite_kernels.norm import norm_cost
+from megalite_kernels.rope import rope_cost
 from tests.kernels.helpers import assert_as_exact_as_torch, assert_same, random, values_and_grads
 
 SHAPES = [(1, 1), (7, 6), (2, 5, 64), (2, 3, 4, 10)]
@@ -32,6 +43,16 @@ def _cases(shape: tuple[int, ...]) -> dict[str, tuple[Any, list[Tensor]]]:
             lambda x, w, b, impl: layer_norm(x, w, b, 1e-5, impl=impl),
             [x + 2, weight, random(shape[-1], seed=3)],
         ),
+        "add_rms_norm": (
+            lambda x, y, w, impl: torch.stack(add_rms_norm(x, y, w, 1e-5, impl=impl)),
+            [x, random(*shape, seed=4), weight],
+        ),
+        "add_layer_norm": (
+            lambda x, y, w, b, impl: torch.stack(add_layer_norm(x, y, w, b, 1e-5, impl=impl)),
+            [x, random(*shape, seed=4), weight, random(shape[-1], seed=3)],
+        ),
+        "gelu": (lambda x, impl: gelu(x, impl=impl), [3 * x]),
+        "gelu_tanh": (lambda x, impl: gelu(x, tanh=True, impl=impl), [3 * x]),
         "swiglu": (lambda x, impl: swiglu(x, impl=impl), [torch.cat((x, 2 * random(*shape, seed=2)), -1)]),
     }
     if len(shape) == 4:
@@ -39,6 +60,11 @@ def _cases(shape: tuple[int, ...]) -> dict[str, tuple[Any, list[Tensor]]]:
         shared = tuple(table[:1] for table in tables)
         cases["rope"] = (lambda x, impl: rope(x, *tables, impl=impl), [x])
         cases["rope_shared"] = (lambda x, impl: rope(x, *shared, impl=impl), [x])
+        heads = shape[2] - 2
+        cases["rope_qkv"] = (
+            lambda x, impl: torch.cat(rope_qkv(x, *tables, heads, 1, impl=impl), 2),
+            [x],
+        )
     return cases
 
 
@@ -61,7 +87,8 @@ def test_bf16_is_as_exact_as_the_formula_in_bf16(shape: tuple[int, ...], name: s
 def test_gradcheck(name: str) -> None:
     operation, inputs = _cases((2, 3, 2, 4))[name]
     leaves = [x.requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(partial(operation, impl="torch"), leaves)
+    for impl in ("torch", "reference"):
+        assert torch.autograd.gradcheck(partial(operation, impl=impl), leaves)
 
 
 @pytest.mark.parametrize("name", _cases((2, 3, 2, 4)))
@@ -110,16 +137,30 @@ def test_layer_norm_is_torchs() -> None:
     torch.testing.assert_close(layer_norm(x, weight, bias, 1e-3), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("tanh", [False, True])
-def test_gelu_is_its_formula(tanh: bool) -> None:
-    def formula(x: Tensor) -> Tensor:
-        if tanh:
-            inner = (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
-            return 0.5 * x * (1 + inner.tanh())
-        return x * 0.5 * (1 + torch.special.erf(x / 2**0.5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_addition_is_an_addition_and_a_norm(dtype: torch.dtype) -> None:
+    x, branch, weight, bias = (
+        random(*shape, seed=i).to(dtype) for i, shape in enumerate([(5, 33)] * 2 + [(33,)] * 2)
+    )
+    y, stream = add_rms_norm(x, branch, weight, 1e-5)
+    assert torch.equal(stream, x + branch)
+    assert torch.equal(y, rms_norm(x + branch, weight, 1e-5))
+    y, stream = add_layer_norm(x, branch, weight, bias, 1e-5)
+    assert torch.equal(stream, x + branch)
+    assert torch.equal(y, layer_norm(x + branch, weight, bias, 1e-5))
 
-    assert_same(partial(gelu, tanh=tanh), formula, [3 * random(4, 33)])
-    assert_as_exact_as_torch(partial(gelu, tanh=tanh), formula, [3 * random(4, 33)])
+
+def test_a_packed_projection_of_other_heads_is_refused() -> None:
+    with pytest.raises(ValueError, match="qkv has 5 heads, not 4"):
+        rope_qkv(random(1, 1, 5, 2), *_positions(1, 1, 1), 4, 1)
+
+
+def test_costs() -> None:
+    assert norm_cost(10, 8, torch.bfloat16).bytes == 2 * 80 * 2
+    assert norm_cost(10, 8, torch.bfloat16, is_added=True).bytes == 4 * 80 * 2
+    assert norm_cost(10, 8, torch.float32, is_backward=True).bytes == 3 * 80 * 4
+    assert norm_cost(10, 8, torch.bfloat16, is_added=True, is_backward=True).bytes == 4 * 80 * 2
+    assert rope_cost(10, 3, 8, torch.bfloat16) == (3 * 240, 2 * 240 * 2 + 4 * 80)
 
 
 def test_rope_is_a_complex_rotation() -> None:
