@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megalite.checkpoint.snapshots import KeptSnapshot, Snapshots
 from megalite.checkpoint.store import Checkpoint, newest, save
 from megalite.config import Config
 from megalite.config_file import changed_keys, to_toml
@@ -76,6 +77,8 @@ class Trainer:
         self._flops = token_flops(config.model, config.data.seq_len)
         self._peak_flops = peak_flops(mesh.device)
         self._saved_step = -1
+        checkpoint = config.checkpoint
+        self.snapshots = Snapshots(checkpoint.snapshot_every_steps, checkpoint.snapshots_kept, mesh)
         found = newest(self.run_dir / "checkpoints", mesh)
         self._restore(found)
         # Not before: a config that does not fit the run in run_dir must leave its files alone.
@@ -121,6 +124,8 @@ class Trainer:
                 every = checkpoint.every_steps
                 if is_last or report.is_preempted or (every and self.step % every == 0):
                     self.save()
+                if self.snapshots.is_due(self.step):
+                    self.snapshots.take(self.step, self.position, self._meta(), self.engine.snapshot)
                 if report.is_preempted and not is_last:
                     self.log.event("preempted", self.step, cause=flag.cause)
                     raise PreemptedError(
@@ -183,7 +188,20 @@ class Trainer:
         """
         if self._saved_step == self.step:
             return
-        meta = {
+        save(
+            self.run_dir / "checkpoints",
+            self.step,
+            self.position,
+            self.engine.state_slices(),
+            self._meta(),
+            self.mesh,
+            self.config.checkpoint.keep_last,
+        )
+        self._saved_step = self.step
+
+    def _meta(self) -> dict[str, Any]:
+        """What a checkpoint and a snapshot keep beside the state of the engine."""
+        return {
             "applied_steps": self.engine.applied_steps,
             "loss_scale": self.engine.loss_scale.state(),
             "tokens": self.tokens,
@@ -191,16 +209,6 @@ class Trainer:
             "tokenizer": self.loader.datasets[0].tokenizer.fingerprint,
             "config": self.config.model_dump(mode="json"),
         }
-        save(
-            self.run_dir / "checkpoints",
-            self.step,
-            self.position,
-            self.engine.state_slices(),
-            meta,
-            self.mesh,
-            self.config.checkpoint.keep_last,
-        )
-        self._saved_step = self.step
 
     # --- start ----------------------------------------------------------------------------------
 
@@ -291,25 +299,31 @@ class Trainer:
         except OSError as error:
             raise ConfigError(f"run_dir={str(self.run_dir)!r} cannot be written: {error.strerror}") from None
 
-    def _restore(self, found: Checkpoint | None) -> None:
-        """Start from the newest checkpoint that verifies, else from the seed.
+    def _restore(self, found: Checkpoint | KeptSnapshot | None) -> None:
+        """Go on from a checkpoint that verifies or from a snapshot; without either from the seed.
 
         Raises:  CheckpointError if it is of another model or tokenizer
         """
         if found is None:
             self.engine.initialize()
             return
+        if isinstance(found, KeptSnapshot):
+            self.engine.load_snapshot(found.state)
+        else:
+            self._check_tokenizer(found)
+            self.engine.load_state(found)
+        self.step, self.position = found.step, found.position
+        self.tokens = int(found.meta["tokens"])
+        self.skipped_in_a_row = int(found.meta["skipped_in_a_row"])
+        self._saved_step = self.step
+
+    def _check_tokenizer(self, found: Checkpoint) -> None:
         fingerprint = self.loader.datasets[0].tokenizer.fingerprint
         if found.meta["tokenizer"] != fingerprint:
             raise CheckpointError(
                 f"{found.folder} was trained with tokenizer {found.meta['tokenizer'][:16]}…, data.sources "
                 f"holds {fingerprint[:16]}…; use the same dataset's tokenizer or another run_dir"
             )
-        self.engine.load_state(found)
-        self.step, self.position = found.step, found.position
-        self.tokens = int(found.meta["tokens"])
-        self.skipped_in_a_row = int(found.meta["skipped_in_a_row"])
-        self._saved_step = self.step
 
     def _announce(self, found: Checkpoint | None) -> None:
         precision = self.config.train.precision

@@ -219,16 +219,18 @@ def save(
     return target
 
 
-def newest(root: Path, mesh: Mesh) -> Checkpoint | None:
+def newest(root: Path, mesh: Mesh, before: int | None = None) -> Checkpoint | None:
     """The newest checkpoint by step in `root` that verifies, the same on every rank; None if there is none.
 
-    The files are shared out among the ranks for verification. A checkpoint that does not verify is passed
-    over, with a warning from rank 0 and a line in `refused`.
+    With `before`, of those at or before that step. The files are shared out among the ranks for
+    verification. A checkpoint that does not verify is passed over, with a warning from rank 0 and a line
+    in `refused`.
 
     Comm:    one gather of small JSON over the world, and one per checkpoint tried
     Raises:  CheckpointError, the same on all ranks, if there are checkpoints but none verifies
     """
     names = _together(mesh, lambda: _candidates(root) if mesh.rank == 0 else None, root)[0]
+    names = [name for name in names if before is None or _step_of(name) <= before]
     refused: list[str] = []
     for name in names:
         try:
