@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from megalite.checkpoint.snapshots import KeptSnapshot, Snapshots
-from megalite.checkpoint.store import Checkpoint, newest, save
+from megalite.checkpoint.store import Checkpoint, newest
+from megalite.checkpoint.writer import Writer
 from megalite.config import Config
 from megalite.config_file import changed_keys, to_toml
 from megalite.data.loader import IGNORE, Batch, DataLoader, check_same_tokenizer, open_sources
@@ -76,7 +77,6 @@ class Trainer:
         self.skipped_in_a_row = 0
         self._flops = token_flops(config.model, config.data.seq_len)
         self._peak_flops = peak_flops(mesh.device)
-        self._saved_step = -1
         checkpoint = config.checkpoint
         self.snapshots = Snapshots(checkpoint.snapshot_every_steps, checkpoint.snapshots_kept, mesh)
         found = newest(self.run_dir / "checkpoints", mesh)
@@ -84,6 +84,7 @@ class Trainer:
         # Not before: a config that does not fit the run in run_dir must leave its files alone.
         self._together(self._prepare_run_dir)
         self.log = RunLog(self.run_dir, mesh.rank == 0, config.train.steps, config.log.every_steps)
+        self.writer = Writer(config, mesh, self.log, self.step)
         self._announce(found)
 
     # --- the loop -------------------------------------------------------------------------------
@@ -98,6 +99,7 @@ class Trainer:
         self._productive_s = 0.0
         with (
             self.log,
+            self.writer,
             self.loader.steps(
                 self.position,
                 global_batch_size=train.global_batch_size,
@@ -123,7 +125,8 @@ class Trainer:
                 self._check_divergence(report)
                 every = checkpoint.every_steps
                 if is_last or report.is_preempted or (every and self.step % every == 0):
-                    self.save()
+                    self.save(record, is_last or report.is_preempted)
+                self.writer.poll()
                 if self.snapshots.is_due(self.step):
                     self.snapshots.take(self.step, self.position, self._meta(), self.engine.snapshot)
                 if report.is_preempted and not is_last:
@@ -181,23 +184,13 @@ class Trainer:
         loss, tokens = all_reduce(sums, self.mesh.world).tolist()
         return float(loss / max(tokens, 1.0))
 
-    def save(self) -> None:
-        """Commit a checkpoint of this step; a second call at the same step does nothing.
+    def save(self, record: dict[str, Any], is_last: bool) -> None:
+        """Save this step, of which `record` tells the losses; see `Writer.save`.
 
-        Raises:  CheckpointError, the same on every rank; the older checkpoints are whole
+        Raises:  CheckpointError if the last save of this process failed; the older checkpoints are whole
         """
-        if self._saved_step == self.step:
-            return
-        save(
-            self.run_dir / "checkpoints",
-            self.step,
-            self.position,
-            self.engine.state_slices(),
-            self._meta(),
-            self.mesh,
-            self.config.checkpoint.keep_last,
-        )
-        self._saved_step = self.step
+        losses = {key: record[key] for key in ("loss", "val_loss") if key in record}
+        self.writer.save(self.step, self.position, self._meta() | losses, self.engine, is_last)
 
     def _meta(self) -> dict[str, Any]:
         """What a checkpoint and a snapshot keep beside the state of the engine."""
@@ -315,7 +308,6 @@ class Trainer:
         self.step, self.position = found.step, found.position
         self.tokens = int(found.meta["tokens"])
         self.skipped_in_a_row = int(found.meta["skipped_in_a_row"])
-        self._saved_step = self.step
 
     def _check_tokenizer(self, found: Checkpoint) -> None:
         fingerprint = self.loader.datasets[0].tokenizer.fingerprint

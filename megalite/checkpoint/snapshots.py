@@ -142,6 +142,4 @@ class Snapshots:
 
 
 def _crcs_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    return {
-        name: zlib.crc32(tensor.reshape(-1).numpy().view("u1").data) for name, tensor in tensors.items()
-    }
+    return {name: zlib.crc32(tensor.reshape(-1).numpy().view("u1").data) for name, tensor in tensors.items()}

@@ -216,10 +216,10 @@ def test_hostile_manifests_are_refused(tmp_path: Path, case: str) -> None:
     make, message = HOSTILE[case]
     path = tmp_path / MANIFEST
     path.write_bytes(seal(make()))
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(CheckpointError, match=message) as caught:
         read_manifest(path)
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(path))

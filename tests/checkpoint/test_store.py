@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from megalite.checkpoint import store
+from megalite.checkpoint.commit import save
 from megalite.checkpoint.format import TensorSlice
-from megalite.checkpoint.store import newest, open_checkpoint, save
+from megalite.checkpoint.retention import Retention, step_name
+from megalite.checkpoint.store import newest, open_checkpoint
 from megalite.errors import CheckpointError
 from megalite.parallel.mesh import Mesh
 from tests.checkpoint.helpers import KINDS, SHAPES, check, owned, save_step, values
@@ -39,7 +41,7 @@ def reload_and_save(mesh: Mesh, root: str, step: int) -> int:
         TensorSlice(s.kind, s.name, s.shape, s.start, s.stop, found.read(s.kind, s.name, s.start, s.stop))
         for s in owned(mesh.rank, mesh.size, step=0)
     ]
-    save(Path(root), step, found.position, mine, found.meta, mesh, keep_last=9)
+    save(Path(root), step, found.position, lambda: mine, found.meta, mesh, Retention(9))
     return found.step
 
 
@@ -104,14 +106,14 @@ def save_from_rank_0(mesh: Mesh, root: str) -> str:
     """As under ZeRO-0: rank 0 has everything, the others one empty slice."""
     empty = TensorSlice("weight", "scale", (), 0, 0, torch.empty(0))
     slices = owned(0, 1, 1) if mesh.rank == 0 else [empty]
-    return save(Path(root), 1, 10, slices, {"version": 0}, mesh, 1).name
+    return save(Path(root), 1, 10, lambda: slices, {"version": 0}, mesh, Retention()).name
 
 
 def test_newest_is_by_step_not_by_time(tmp_path: Path) -> None:
     for step in (5, 20, 100):
         save_step(SOLO, tmp_path, step, keep_last=9)
     for step, seconds in ((5, 3000), (20, 2000), (100, 1000)):
-        os.utime(tmp_path / store.step_name(step), (seconds, seconds))
+        os.utime(tmp_path / step_name(step), (seconds, seconds))
     assert run_ranks(choose, 2, str(tmp_path)) == [(100, ())] * 2
 
 
@@ -150,7 +152,7 @@ def test_a_refusal_is_one_line_of_warning(tmp_path: Path, caplog: pytest.LogCapt
 def test_with_nothing_that_verifies_no_run_starts_over_silently(tmp_path: Path) -> None:
     for step in (1, 2):
         run_ranks(save_step, 2, str(tmp_path), step)
-        damage(tmp_path / store.step_name(step), "rank_00001.safetensors")
+        damage(tmp_path / step_name(step), "rank_00001.safetensors")
     errors = run_ranks(fail_to_choose, 2, str(tmp_path))
     assert errors[0] == errors[1]
     assert "none of the 2 checkpoints" in errors[0]
@@ -258,7 +260,7 @@ def save_with_fault(mesh: Mesh, root: str, fault: str) -> str:
     if mesh.rank == 1:
         slices = {"whole": slices[:-1], "part": slices[1:], "twice": [*slices, owned(0, 2, 1)[0]]}[fault]
     with pytest.raises(CheckpointError) as caught:
-        save(Path(root), 1, 0, slices, {}, mesh, 1)
+        save(Path(root), 1, 0, lambda: slices, {}, mesh, Retention())
     return str(caught.value)
 
 
