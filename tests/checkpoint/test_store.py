@@ -278,3 +278,52 @@ def test_slices_that_do_not_tile_are_never_committed(tmp_path: Path, fault: str,
     assert "\n" not in first
     assert re.search(message, first)
     assert listing(tmp_path) == []
+
+
+def save_measured(root: Path, losses: dict[int, float | None], keep: Retention) -> list[int]:
+    """Save steps with these validation losses; the steps that are left."""
+    for step, loss in losses.items():
+        meta = {"version": 0} | ({} if loss is None else {"val_loss": loss})
+        save(root, step, 10 * step, lambda step=step: owned(0, 1, step), meta, SOLO, keep)  # type: ignore[misc]
+        check(open_checkpoint(root), step)
+    return [int(name[5:]) for name in listing(root)]
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (Retention(1), [80]),
+        (Retention(3), [60, 70, 80]),
+        (Retention(1, every=30), [30, 60, 80]),
+        (Retention(1, best=1), [40, 80]),
+        (Retention(1, best=2), [30, 40, 80]),  # of equals the newer: 30 and 20 have the same loss
+        (Retention(1, every=60, best=1), [40, 60, 80]),
+        (Retention(2, every=80, best=9), [20, 30, 40, 50, 70, 80]),  # not those without a loss to compare
+    ],
+    ids=str,
+)
+def test_what_none_of_the_three_rules_keeps_is_deleted(
+    tmp_path: Path, keep: Retention, left: list[int]
+) -> None:
+    losses = {10: None, 20: 2.0, 30: 2.0, 40: 1.5, 50: 3.0, 60: float("nan"), 70: 2.5, 80: None}
+    assert save_measured(tmp_path, losses, keep) == left
+
+
+def test_a_damaged_checkpoint_is_not_the_best(tmp_path: Path) -> None:
+    save_measured(tmp_path, {1: 1.0, 2: 2.0}, Retention(5))
+    damage(tmp_path / "step_00000001", "manifest.json")
+    assert save_measured(tmp_path, {3: 3.0}, Retention(1, best=1)) == [2, 3]
+
+
+def test_the_newest_before_a_step(tmp_path: Path) -> None:
+    for step in (5, 20, 100):
+        save_step(SOLO, tmp_path, step, keep_last=9)
+    for before, step in ((1000, 100), (100, 100), (99, 20), (5, 5)):
+        found = newest(tmp_path, SOLO, before)
+        assert found is not None
+        assert found.step == step
+    assert newest(tmp_path, SOLO, before=4) is None
+    damage(tmp_path / "step_00000020")
+    found = newest(tmp_path, SOLO, before=99)
+    assert found is not None
+    check(found, 5)

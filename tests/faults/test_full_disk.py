@@ -207,6 +207,7 @@ def fail_last(mesh: Mesh, root: str) -> str:
     log, writer = open_writer(mesh, root)
     with log, pytest.raises(CheckpointError) as caught, writer:
         writer.save(1, 10, {"version": 0}, Held(mesh, 1))
+        writer.wait()
         with disk_that_takes(200) if mesh.rank == 1 else nullcontext():
             writer.save(2, 20, {"version": 0}, Held(mesh, 2), is_last=True)
     return str(caught.value)
