@@ -297,7 +297,14 @@ class CheckpointConfig(Section):
     """When the run is saved. Checkpoints lie in run_dir/checkpoints."""
 
     every_steps: int = Field(1000, ge=0, description="save every n steps and at the end; 0 only at the end")
+    asynchronous: bool = Field(True, description="copy the state and write it while training goes on")
     keep_last: int = Field(3, ge=1, description="checkpoints kept, the newest")
+    keep_every: int = Field(0, ge=0, description="of older ones, keep those at multiples of n steps; 0 none")
+    keep_best: int = Field(0, ge=0, description="and the n of lowest validation loss")
+    snapshot_every_steps: int = Field(
+        125, ge=0, description="copy the state to host memory every n steps, for a rollback; 0 never"
+    )
+    snapshots_kept: int = Field(2, ge=1, description="such copies kept; each takes 12 bytes a parameter")
 
 
 class ResilienceConfig(Section):
@@ -330,6 +337,9 @@ class ResilienceConfig(Section):
     max_skipped_steps: int = Field(10, ge=0, description="steps refused in a row before exit 77")
     comm_timeout_s: float = Field(
         600.0, gt=0, description="a collective slower than this ends the run (exit 76)"
+    )
+    mtbf_hours: float = Field(
+        50_000.0, gt=0, description="mean hours between failures of one process (and its share of the host)"
     )
 
 

@@ -20,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megalite.checkpoint.commit import save
 from megalite.checkpoint.format import TensorSlice, explain
-from megalite.checkpoint.store import Checkpoint, open_checkpoint, save
+from megalite.checkpoint.retention import Retention
+from megalite.checkpoint.store import Checkpoint, open_checkpoint
 from megalite.config import Config, ModelConfig
 from megalite.config_file import to_toml
 from megalite.convert import (
@@ -224,7 +226,7 @@ def import_hf(folder: Path, to: Path) -> None:
         (staging / "config.toml").write_text(to_toml(config), encoding="utf-8")
         tokenizer.save(staging)
         alone = Mesh(rank=0, size=1, dp=Axis(), device=torch.device("cpu"))
-        save(staging / "checkpoints", 0, 0, _slices(weights), meta, alone, keep_last=1)
+        save(staging / "checkpoints", 0, 0, lambda: _slices(weights), meta, alone, Retention())
 
 
 def _slices(weights: Iterator[tuple[str, Tensor]]) -> Iterator[TensorSlice]:

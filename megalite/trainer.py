@@ -22,7 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from megalite.agreement import together
-from megalite.checkpoint.store import Checkpoint, newest, save
+from megalite.checkpoint.snapshots import KeptSnapshot, Snapshots
+from megalite.checkpoint.store import Checkpoint, newest
+from megalite.checkpoint.writer import Writer
 from megalite.config import Config
 from megalite.config_file import changed_keys, to_toml
 from megalite.data.batch import IGNORE, Batch, Replacement
@@ -79,12 +81,14 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.has_new_mixture = False  # whether it is another than that of the checkpoint
         self._peak_flops = peak_flops(mesh.device)
-        self._saved_step = -1
+        checkpoint = config.checkpoint
+        self.snapshots = Snapshots(checkpoint.snapshot_every_steps, checkpoint.snapshots_kept, mesh)
         found = newest(self.run_dir / "checkpoints", mesh)
         self._restore(found)
         # Not before: a config that does not fit the run in run_dir must leave its files alone.
         together(self._prepare_run_dir, mesh)
         self.log = RunLog(self.run_dir, mesh.rank == 0, config.train.steps, config.log.every_steps)
+        self.writer = Writer(config, mesh, self.log, self.step)
         self._announce(found)
 
     # --- the loop -------------------------------------------------------------------------------
@@ -99,6 +103,7 @@ class Trainer:
         self._productive_s = 0.0
         with (
             self.log,
+            self.writer,
             self.loader.steps(
                 self.position,
                 Share(train.global_batch_size, train.micro_batch_size, self.mesh.dp.rank, self.mesh.dp.size),
@@ -125,7 +130,10 @@ class Trainer:
                 self._check_divergence(report)
                 every = checkpoint.every_steps
                 if is_last or report.is_preempted or (every and self.step % every == 0):
-                    self.save()
+                    self.save(record, is_last or report.is_preempted)
+                self.writer.poll()
+                if self.snapshots.is_due(self.step):
+                    self.snapshots.take(self.step, self.position, self._meta(), self.engine.snapshot)
                 if report.is_preempted and not is_last:
                     self.log.event("preempted", self.step, cause=flag.cause)
                     raise PreemptedError(
@@ -183,14 +191,17 @@ class Trainer:
         loss, tokens = all_reduce(sums, self.mesh.world).tolist()
         return float(loss / max(tokens, 1.0))
 
-    def save(self) -> None:
-        """Commit a checkpoint of this step; a second call at the same step does nothing.
+    def save(self, record: dict[str, Any], is_last: bool) -> None:
+        """Save this step, of which `record` tells the losses; see `Writer.save`.
 
-        Raises:  CheckpointError, the same on every rank; the older checkpoints are whole
+        Raises:  CheckpointError if the last save of this process failed; the older checkpoints are whole
         """
-        if self._saved_step == self.step:
-            return
-        meta = {
+        losses = {key: record[key] for key in ("loss", "val_loss") if key in record}
+        self.writer.save(self.step, self.position, self._meta() | losses, self.engine, is_last)
+
+    def _meta(self) -> dict[str, Any]:
+        """What a checkpoint and a snapshot keep beside the state of the engine."""
+        return {
             "applied_steps": self.engine.applied_steps,
             "loss_scale": self.engine.loss_scale.state(),
             "tokens": self.tokens,
@@ -199,16 +210,6 @@ class Trainer:
             "loader": self.loader.state(self.position),
             "config": self.config.model_dump(mode="json"),
         }
-        save(
-            self.run_dir / "checkpoints",
-            self.step,
-            self.position,
-            self.engine.state_slices(),
-            meta,
-            self.mesh,
-            self.config.checkpoint.keep_last,
-        )
-        self._saved_step = self.step
 
     # --- start ----------------------------------------------------------------------------------
 
@@ -267,31 +268,33 @@ class Trainer:
         except OSError as error:
             raise ConfigError(f"run_dir={str(self.run_dir)!r} cannot be written: {error.strerror}") from None
 
-    def _restore(self, found: Checkpoint | None) -> None:
-        """Start from the newest checkpoint that verifies, else from the seed.
+    def _restore(self, found: Checkpoint | KeptSnapshot | None) -> None:
+        """Go on from a checkpoint that verifies or from a snapshot; without either from the seed.
 
         Raises:  CheckpointError if it is of another model or tokenizer; ConfigError if the data would be
                  read in another order; DataError if it does not last for the run
         """
-        if found is not None:
-            self._load(found)
-        else:
+        if found is None:
             self.engine.initialize()
+        else:
+            self.step, self.position = found.step, found.position
+            if isinstance(found, KeptSnapshot):
+                self.engine.load_snapshot(found.state)
+            else:
+                self._check_tokenizer(found)
+                self.has_new_mixture = self.loader.restore(found.meta["loader"], self.position)
+                self.engine.load_state(found)
+            self.tokens = int(found.meta["tokens"])
+            self.skipped_in_a_row = int(found.meta["skipped_in_a_row"])
         self.loader.check_length(self.config.train.steps * self.config.train.global_batch_size)
 
-    def _load(self, found: Checkpoint) -> None:
+    def _check_tokenizer(self, found: Checkpoint) -> None:
         fingerprint = self.loader.datasets[0].tokenizer.fingerprint
         if found.meta["tokenizer"] != fingerprint:
             raise CheckpointError(
                 f"{found.folder} was trained with tokenizer {found.meta['tokenizer'][:16]}…, data.sources "
                 f"holds {fingerprint[:16]}…; use the same dataset's tokenizer or another run_dir"
             )
-        self.step, self.position = found.step, found.position
-        self.has_new_mixture = self.loader.restore(found.meta["loader"], self.position)
-        self.engine.load_state(found)
-        self.tokens = int(found.meta["tokens"])
-        self.skipped_in_a_row = int(found.meta["skipped_in_a_row"])
-        self._saved_step = self.step
 
     def _announce(self, found: Checkpoint | None) -> None:
         precision = self.config.train.precision

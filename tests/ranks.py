@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from megalite.parallel.mesh import Axis, Mesh, build_mesh
 
-PRELOAD = ["torch", "torch.distributed", "megalite.checkpoint.store", "numpy", "pytest", "hypothesis"]
+PRELOAD = ["torch", "torch.distributed", "megalite.trainer", "numpy", "pytest", "hypothesis"]
 SOLO = Mesh(rank=0, size=1, dp=Axis(), device=torch.device("cpu"))  # for code that needs no second rank
 _GRACE_S = 0.3  # for the other ranks to report as well, once one has failed
 

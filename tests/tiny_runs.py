@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from megalite.checkpoint.commit import save
 from megalite.checkpoint.format import TensorSlice
-from megalite.checkpoint.store import save
+from megalite.checkpoint.retention import Retention
 from megalite.config import Config, ModelConfig
 from megalite.data.tokenizer import JsonTokenizer, Tokenizer, train_bpe
 from megalite.model.init import initial_values
@@ -73,7 +74,7 @@ def save_run(run_dir: Path, config: ModelConfig, tokenizer: Tokenizer, step: int
         for name, p in model.named_parameters()
     ]
     meta = {"config": whole.model_dump(mode="json"), "tokenizer": tokenizer.fingerprint}
-    save(run_dir / "checkpoints", step, step, slices, meta, ALONE, keep_last=5)
+    save(run_dir / "checkpoints", step, step, lambda: slices, meta, ALONE, Retention(5))
     tokenizer.save(run_dir)
     return model
 

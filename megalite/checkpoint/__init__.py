@@ -1,1 +1,1 @@
-"""Checkpoints: what one is on disk (format) and how ranks write and read it together (store)."""
+"""Checkpoints: what one is on disk (format), how ranks write (commit, writer) and read it (store)."""

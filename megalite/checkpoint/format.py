@@ -22,7 +22,7 @@ import re
 import stat
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -269,8 +269,25 @@ def _check_length(text: bytes, what: str) -> None:
         )
 
 
-def verify_file(folder: Path, entry: FileEntry) -> None:
+def check_size(folder: Path, entry: FileEntry) -> None:
+    """Compare a file's size with the manifest.
+
+    Raises:  CheckpointError naming the file if it is missing, no plain file or of another size
+    """
+    with open_plain(folder / entry.name) as file:
+        _check_size(file, folder / entry.name, entry)
+
+
+def _check_size(file: FileIO, path: Path, entry: FileEntry) -> None:
+    size = os.fstat(file.fileno()).st_size
+    if size != entry.bytes:
+        raise CheckpointError(f"{path} has {size:,} bytes; the manifest says {entry.bytes:,}")
+
+
+def verify_file(folder: Path, entry: FileEntry, advance: Callable[[int], None] = lambda count: None) -> None:
     """Read a rank's file once, in bounded memory, and compare every byte with the manifest.
+
+    `advance` is told of the bytes as they are read.
 
     Raises:  CheckpointError naming the file and the first slice that differs
     """
@@ -278,9 +295,7 @@ def verify_file(folder: Path, entry: FileEntry) -> None:
     header = file_header(entry.slices)
     buffer = memoryview(bytearray(max(_CHUNK_BYTES, len(header))))
     with open_plain(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != entry.bytes:
-            raise CheckpointError(f"{path} has {size:,} bytes; the manifest says {entry.bytes:,}")
+        _check_size(file, path, entry)
         read_exactly(file, buffer[: len(header)], 0)
         if buffer[: len(header)] != header:
             raise CheckpointError(f"{path} is damaged: its header is not the one the manifest describes")
@@ -292,6 +307,7 @@ def verify_file(folder: Path, entry: FileEntry) -> None:
                 read_exactly(file, chunk, offset)
                 crc = zlib.crc32(chunk, crc)
                 offset += len(chunk)
+                advance(len(chunk))
             if crc != part.crc32:
                 raise CheckpointError(
                     f"{path} is damaged: {part.kind} {part.name}[{part.start}:{part.stop}] has CRC "

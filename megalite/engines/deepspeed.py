@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import logging
 import math
 import os
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from megalite.checkpoint.format import TensorSlice
+from megalite.checkpoint.snapshots import Snapshot, copy_to_host
 from megalite.checkpoint.store import Checkpoint
 from megalite.config import Config
 from megalite.data.batch import Batch
@@ -215,13 +217,8 @@ class DeepSpeedEngine:
 
     def state_slices(self) -> Iterator[TensorSlice]:
         """See `Engine`. Of ranks that hold the same state the first gives it; nothing is communicated."""
-        for kind in STATE_KINDS:
-            for partition in self.state.partitions:
-                spec, values = self.specs[partition.name], self.state.read(kind, partition)
-                for part in spec.ranges(partition.start, partition.stop):
-                    if part.piece.copies.rank == 0:
-                        mine = values[_place(partition, part)]
-                        yield TensorSlice(kind, partition.name, spec.shape, part.start, part.stop, mine)
+        for kind, partition in self._kept():
+            yield from self._slices(kind, partition, self.state.read(kind, partition))
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """See `Engine`.
@@ -235,6 +232,38 @@ class DeepSpeedEngine:
         self.loss_scale.load(checkpoint.meta["loss_scale"])
         self.state.set_step_count(self.applied_steps)
         self.state.publish()
+
+    def snapshot(self, reuse: Snapshot | None = None) -> Snapshot:
+        """See `Engine`. State that lies on disk is read from there."""
+        state = ((_key(kind, part), self.state.read(kind, part)) for kind, part in self._kept())
+        copies = copy_to_host(state, reuse)
+        slices = [
+            piece
+            for kind, part in self._kept()
+            for piece in self._slices(kind, part, copies[_key(kind, part)])
+        ]
+        return Snapshot(copies, tuple(slices), self.applied_steps, self.loss_scale.state())
+
+    def load_snapshot(self, snapshot: Snapshot) -> None:
+        """See `Engine`."""
+        for kind, partition in self._kept():
+            self.state.write(kind, partition, snapshot.tensors[_key(kind, partition)])
+        self.applied_steps = snapshot.applied_steps
+        self.loss_scale.load(snapshot.loss_scale)
+        self.state.set_step_count(self.applied_steps)
+        self.state.publish()
+
+    def _kept(self) -> Iterator[tuple[str, Partition]]:
+        """Every kind of state of every partition this rank keeps."""
+        return itertools.product(STATE_KINDS, self.state.partitions)
+
+    def _slices(self, kind: str, partition: Partition, values: Tensor) -> Iterator[TensorSlice]:
+        """What a partition, of which these are the values, contributes to a checkpoint."""
+        spec = self.specs[partition.name]
+        for part in spec.ranges(partition.start, partition.stop):
+            if part.piece.copies.rank == 0:
+                mine = values[_place(partition, part)]
+                yield TensorSlice(kind, partition.name, spec.shape, part.start, part.stop, mine)
 
     def _fill(self, kind: str, values: Callable[[str, int, int], Tensor]) -> None:
         """Set one kind of state from `values`, which gives elements [start, stop) of a parameter."""
@@ -360,6 +389,11 @@ def _alone(world: dist.ProcessGroup) -> dist.ProcessGroup:
         return world
     groups: list[dist.ProcessGroup] = [dist.new_group([rank]) for rank in range(world.size())]
     return groups[world.rank()]
+
+
+def _key(kind: str, partition: Partition) -> str:
+    """A partition's name in a snapshot."""
+    return f"{kind} {partition.name}"
 
 
 def _place(partition: Partition, part: FlatRange) -> slice:

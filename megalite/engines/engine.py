@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from megalite.checkpoint.format import TensorSlice
+from megalite.checkpoint.snapshots import Snapshot
 from megalite.checkpoint.store import Checkpoint
 from megalite.data.batch import Batch
 from megalite.optim.loss_scale import LossScale
@@ -68,3 +69,9 @@ class Engine(Protocol):
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Restore weights, optimizer state and step count from a checkpoint of any layout."""
+
+    def snapshot(self, reuse: Snapshot | None = None) -> Snapshot:
+        """Copy this rank's state to host memory, `reuse`'s where given; nothing is communicated."""
+
+    def load_snapshot(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot this engine took, bit for bit; all ranks together, to the same step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megalite.checkpoint.format import TensorSlice
+from megalite.checkpoint.snapshots import Snapshot, copy_to_host
 from megalite.checkpoint.store import Checkpoint
 from megalite.config import Config
 from megalite.data.batch import Batch
@@ -105,13 +106,7 @@ class NativeEngine:
 
     def state_slices(self) -> Iterator[TensorSlice]:
         """See `Engine`. Of ranks that hold the same state the first gives it."""
-        if not self.optimizer.speaks:
-            return
-        owned_ranges = [owned for owned in self.optimizer.layout.owned_ranges() if owned.speaks]
-        for kind in STATE_KINDS:
-            shard = self.optimizer.state(kind)
-            for owned in owned_ranges:
-                yield TensorSlice(kind, owned.name, owned.shape, owned.start, owned.stop, shard[owned.shard])
+        return self._slices(self._shards())
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """See `Engine`.
@@ -128,6 +123,32 @@ class NativeEngine:
         self.optimizer.applied_steps = int(checkpoint.meta["applied_steps"])
         self.loss_scale.load(checkpoint.meta["loss_scale"])
         self.optimizer.weights.publish()
+
+    def snapshot(self, reuse: Snapshot | None = None) -> Snapshot:
+        """See `Engine`. Of what several ranks hold, each has its own copy to go back to."""
+        shards = copy_to_host(self._shards().items(), reuse)
+        return Snapshot(shards, tuple(self._slices(shards)), self.applied_steps, self.loss_scale.state())
+
+    def load_snapshot(self, snapshot: Snapshot) -> None:
+        """See `Engine`."""
+        for kind, shard in self._shards().items():
+            shard.copy_(snapshot.tensors[kind])
+        self.optimizer.applied_steps = snapshot.applied_steps
+        self.loss_scale.load(snapshot.loss_scale)
+        self.optimizer.weights.publish()
+
+    def _shards(self) -> dict[str, Tensor]:
+        """This rank's shard of each kind of state; fp32 [shard]."""
+        return {kind: self.optimizer.state(kind) for kind in STATE_KINDS}
+
+    def _slices(self, shards: Mapping[str, Tensor]) -> Iterator[TensorSlice]:
+        """What this rank contributes to a checkpoint, as views of `shards`."""
+        if not self.optimizer.speaks:
+            return
+        owned_ranges = [owned for owned in self.optimizer.layout.owned_ranges() if owned.speaks]
+        for kind, shard in shards.items():
+            for owned in owned_ranges:
+                yield TensorSlice(kind, owned.name, owned.shape, owned.start, owned.stop, shard[owned.shard])
 
     def _run(self, micro_batches: Sequence[Batch], is_training: bool) -> tuple[float, float, float]:
         """Sums of loss with z-loss, z-loss, and valid tokens; zeros on all but one rank of a model."""

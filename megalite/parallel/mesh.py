@@ -41,7 +41,8 @@ class Mesh:
     ranks than the model has such heads. `ends` are the first and the last rank of the pp axis, which
     share a tied embedding; for others it is their own. The dp axis is divided into groups of
     neighbours, `shard`, that ZeRO divides a model's state among; ranks at the same place in different
-    groups are `replicas` of each other.
+    groups are `replicas` of each other. `saving` is all processes, over gloo on every device: a group of
+    its own for the thread that writes checkpoints, since the collectives of two threads must not mix on one.
     """
 
     rank: int
@@ -54,6 +55,7 @@ class Mesh:
     kv: Axis = ALONE
     pp: Axis = ALONE
     ends: Axis = ALONE
+    saving: Axis = ALONE
 
     @property
     def world(self) -> Axis:
@@ -130,6 +132,7 @@ def build_mesh(timeout_s: float = 600.0, shape: MeshShape | None = None) -> Mesh
         kv=axis(_blocks(size, shape.kv_copies)),
         pp=axis(pipelines),
         ends=axis([sorted({pipeline[0], pipeline[-1]}) for pipeline in pipelines] + inner),
+        saving=Axis(rank, size, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))),
     )
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.commit import save
 from megalite.checkpoint.format import TensorSlice
-from megalite.checkpoint.store import Checkpoint, save
+from megalite.checkpoint.retention import Retention
+from megalite.checkpoint.store import Checkpoint
 from megalite.parallel.mesh import Mesh
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -48,7 +50,8 @@ def owned(rank: int, world: int, step: int, version: int = 0) -> list[TensorSlic
 def save_step(mesh: Mesh, root: str | Path, step: int, version: int = 0, keep_last: int = 2) -> str:
     """Save the state of (step, version) from this rank; the committed folder's name."""
     slices = owned(mesh.rank, mesh.size, step, version)
-    return save(Path(root), step, 10 * step, slices, {"version": version}, mesh, keep_last).name
+    meta, keep = {"version": version}, Retention(keep_last)
+    return save(Path(root), step, 10 * step, lambda: slices, meta, mesh, keep).name
 
 
 def check(checkpoint: Checkpoint, step: int | None = None) -> None:

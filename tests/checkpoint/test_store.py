@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from megalite.checkpoint import store
+from megalite.checkpoint.commit import save
 from megalite.checkpoint.format import TensorSlice
-from megalite.checkpoint.store import newest, open_checkpoint, save
+from megalite.checkpoint.retention import Retention, step_name
+from megalite.checkpoint.store import newest, open_checkpoint
 from megalite.errors import CheckpointError
 from megalite.parallel.mesh import Mesh
 from tests.checkpoint.helpers import KINDS, SHAPES, check, owned, save_step, values
@@ -39,7 +41,7 @@ def reload_and_save(mesh: Mesh, root: str, step: int) -> int:
         TensorSlice(s.kind, s.name, s.shape, s.start, s.stop, found.read(s.kind, s.name, s.start, s.stop))
         for s in owned(mesh.rank, mesh.size, step=0)
     ]
-    save(Path(root), step, found.position, mine, found.meta, mesh, keep_last=9)
+    save(Path(root), step, found.position, lambda: mine, found.meta, mesh, Retention(9))
     return found.step
 
 
@@ -104,14 +106,14 @@ def save_from_rank_0(mesh: Mesh, root: str) -> str:
     """As under ZeRO-0: rank 0 has everything, the others one empty slice."""
     empty = TensorSlice("weight", "scale", (), 0, 0, torch.empty(0))
     slices = owned(0, 1, 1) if mesh.rank == 0 else [empty]
-    return save(Path(root), 1, 10, slices, {"version": 0}, mesh, 1).name
+    return save(Path(root), 1, 10, lambda: slices, {"version": 0}, mesh, Retention()).name
 
 
 def test_newest_is_by_step_not_by_time(tmp_path: Path) -> None:
     for step in (5, 20, 100):
         save_step(SOLO, tmp_path, step, keep_last=9)
     for step, seconds in ((5, 3000), (20, 2000), (100, 1000)):
-        os.utime(tmp_path / store.step_name(step), (seconds, seconds))
+        os.utime(tmp_path / step_name(step), (seconds, seconds))
     assert run_ranks(choose, 2, str(tmp_path)) == [(100, ())] * 2
 
 
@@ -150,7 +152,7 @@ def test_a_refusal_is_one_line_of_warning(tmp_path: Path, caplog: pytest.LogCapt
 def test_with_nothing_that_verifies_no_run_starts_over_silently(tmp_path: Path) -> None:
     for step in (1, 2):
         run_ranks(save_step, 2, str(tmp_path), step)
-        damage(tmp_path / store.step_name(step), "rank_00001.safetensors")
+        damage(tmp_path / step_name(step), "rank_00001.safetensors")
     errors = run_ranks(fail_to_choose, 2, str(tmp_path))
     assert errors[0] == errors[1]
     assert "none of the 2 checkpoints" in errors[0]
@@ -258,7 +260,7 @@ def save_with_fault(mesh: Mesh, root: str, fault: str) -> str:
     if mesh.rank == 1:
         slices = {"whole": slices[:-1], "part": slices[1:], "twice": [*slices, owned(0, 2, 1)[0]]}[fault]
     with pytest.raises(CheckpointError) as caught:
-        save(Path(root), 1, 0, slices, {}, mesh, 1)
+        save(Path(root), 1, 0, lambda: slices, {}, mesh, Retention())
     return str(caught.value)
 
 
@@ -276,3 +278,52 @@ def test_slices_that_do_not_tile_are_never_committed(tmp_path: Path, fault: str,
     assert "\n" not in first
     assert re.search(message, first)
     assert listing(tmp_path) == []
+
+
+def save_measured(root: Path, losses: dict[int, float | None], keep: Retention) -> list[int]:
+    """Save steps with these validation losses; the steps that are left."""
+    for step, loss in losses.items():
+        meta = {"version": 0} | ({} if loss is None else {"val_loss": loss})
+        save(root, step, 10 * step, lambda step=step: owned(0, 1, step), meta, SOLO, keep)  # type: ignore[misc]
+        check(open_checkpoint(root), step)
+    return [int(name[5:]) for name in listing(root)]
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (Retention(1), [80]),
+        (Retention(3), [60, 70, 80]),
+        (Retention(1, every=30), [30, 60, 80]),
+        (Retention(1, best=1), [40, 80]),
+        (Retention(1, best=2), [30, 40, 80]),  # of equals the newer: 30 and 20 have the same loss
+        (Retention(1, every=60, best=1), [40, 60, 80]),
+        (Retention(2, every=80, best=9), [20, 30, 40, 50, 70, 80]),  # not those without a loss to compare
+    ],
+    ids=str,
+)
+def test_what_none_of_the_three_rules_keeps_is_deleted(
+    tmp_path: Path, keep: Retention, left: list[int]
+) -> None:
+    losses = {10: None, 20: 2.0, 30: 2.0, 40: 1.5, 50: 3.0, 60: float("nan"), 70: 2.5, 80: None}
+    assert save_measured(tmp_path, losses, keep) == left
+
+
+def test_a_damaged_checkpoint_is_not_the_best(tmp_path: Path) -> None:
+    save_measured(tmp_path, {1: 1.0, 2: 2.0}, Retention(5))
+    damage(tmp_path / "step_00000001", "manifest.json")
+    assert save_measured(tmp_path, {3: 3.0}, Retention(1, best=1)) == [2, 3]
+
+
+def test_the_newest_before_a_step(tmp_path: Path) -> None:
+    for step in (5, 20, 100):
+        save_step(SOLO, tmp_path, step, keep_last=9)
+    for before, step in ((1000, 100), (100, 100), (99, 20), (5, 5)):
+        found = newest(tmp_path, SOLO, before)
+        assert found is not None
+        assert found.step == step
+    assert newest(tmp_path, SOLO, before=4) is None
+    damage(tmp_path / "step_00000020")
+    found = newest(tmp_path, SOLO, before=99)
+    assert found is not None
+    check(found, 5)

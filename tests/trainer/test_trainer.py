@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -445,22 +446,24 @@ def test_disk_full_while_saving_keeps_the_older_checkpoint(
 ) -> None:
     import resource
 
-    trainer = Trainer(tiny(root, "train.steps=8", "checkpoint.every_steps=4"), alone)
+    trainer = Trainer(tiny(root, "train.steps=8", "checkpoint.every_steps=2"), alone)
     save = trainer.save
 
-    def save_on_a_full_disk() -> None:
-        if trainer.step == 8:
-            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    def save_on_a_full_disk(record: dict[str, Any], is_last: bool) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if trainer.step >= 6:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-            try:
-                save()
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        else:
-            save()
+        try:
+            save(record, is_last)
+            trainer.writer.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     monkeypatch.setattr(trainer, "save", save_on_a_full_disk)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     with pytest.raises(CheckpointError):
         trainer.fit(PreemptionFlag())
-    assert [p.name for p in (root / "run/checkpoints").iterdir()] == ["step_00000004"]
+    assert sorted(p.name for p in (root / "run/checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    assert [r["step"] for r in metrics(root / "run")] == list(range(1, 9))  # step 6's failure ended nothing
+    events = [json.loads(line) for line in (root / "run/ledger.jsonl").read_text().splitlines()]
+    assert [(e["event"], e["step"]) for e in events] == [("start", 0), ("save_failed", 6)]

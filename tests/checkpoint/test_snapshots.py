@@ -1,0 +1,131 @@
+"""Snapshots in host memory: bit-exact to go back to, bounded, and never used once a bit has flipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalite.checkpoint.snapshots import Snapshot, Snapshots, copy_to_host
+from megalite.errors import CheckpointError
+from megalite.parallel.mesh import Mesh
+from megalite.trainer import Trainer
+from tests.ranks import SOLO, run_ranks
+from tests.trainer.runs import lay_out, tiny, write_dataset
+
+
+def of(value: float, reuse: Snapshot | None = None) -> Snapshot:
+    """A snapshot of one tensor full of `value`."""
+    return Snapshot(copy_to_host([("weight", torch.full((1000,), value))], reuse), (), 0, {})
+
+
+def test_what_was_copied_stays_when_the_state_moves_on() -> None:
+    state = torch.zeros(1000)
+    snapshot = Snapshot(copy_to_host([("weight", state)]), (), 0, {})
+    state.fill_(1.0)
+    snapshot.verify()
+    assert snapshot.tensors["weight"].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("bit", [0, 17, 31])
+def test_a_flipped_bit_is_named(bit: int) -> None:
+    snapshot = of(1.0)
+    snapshot.verify()
+    snapshot.tensors["weight"].view(torch.int32)[123] ^= 1 << bit if bit < 31 else -(1 << 31)
+    with pytest.raises(CheckpointError, match="weight changed in host memory .* CRC"):
+        snapshot.verify()
+
+
+def test_the_oldest_gives_its_memory_to_the_newest() -> None:
+    kept = Snapshots(10, 2, SOLO)
+    assert [step for step in range(31) if kept.is_due(step)] == [10, 20, 30]
+    addresses = set()
+    for step in range(10, 60, 10):
+        kept.take(step, step, {}, lambda reuse, step=step: of(float(step), reuse))  # type: ignore[misc]
+        assert len(kept.steps) <= 2
+        newest = kept.newest_before(step)
+        assert newest is not None
+        addresses.add(newest.state.tensors["weight"].data_ptr())
+    assert kept.steps == [40, 50]
+    assert len(addresses) == 2
+    older = kept.newest_before(49)
+    assert older is not None
+    assert older.state.tensors["weight"].unique().tolist() == [40.0]
+    assert kept.newest_before(39) is None
+    kept.forget_after(40)
+    assert kept.steps == [40]
+
+
+def choose_with_a_flip_on_rank_1(mesh: Mesh) -> tuple[int, list[int]]:
+    """Of snapshots at 1, 2, 3 the last has changed on rank 1 alone; what is chosen, what is left."""
+    kept = Snapshots(1, 3, mesh)
+    for step in (1, 2, 3):
+        kept.take(step, step, {}, lambda reuse, step=step: of(float(step), reuse))  # type: ignore[misc]
+    if mesh.rank == 1:
+        last = kept._all[-1]
+        last.state.verify()
+        last.state.tensors["weight"].view(torch.int32)[0] ^= 1
+    found = kept.newest_before(9)
+    assert found is not None
+    return found.step, kept.steps
+
+
+def test_one_ranks_flipped_bit_makes_all_take_an_older_one() -> None:
+    assert run_ranks(choose_with_a_flip_on_rank_1, 2) == [(2, [1, 2])] * 2
+
+
+def go_back(mesh: Mesh, root: str, overrides: list[str]) -> tuple[list[float], list[float]]:
+    """Losses of steps 4 to 6, and again after going back to a snapshot of step 3."""
+    config = tiny(Path(root), *overrides)
+    trainer = Trainer(config, lay_out(mesh, config))
+
+    def train(first: int, last: int) -> list[float]:
+        losses = []
+        for step in range(first, last):
+            with trainer.loader.steps(
+                step * 24,
+                global_batch_size=24,
+                micro_batch_size=2,
+                rank=trainer.mesh.dp.rank,
+                world=trainer.mesh.dp.size,
+                prefetch=0,
+            ) as stream:
+                losses.append(trainer.train_step(next(stream), 1e-2).loss)
+        return losses
+
+    train(0, 3)
+    snapshot = trainer.engine.snapshot()
+    once = train(3, 6)
+    assert trainer.engine.applied_steps == 6
+    snapshot.verify()
+    trainer.engine.load_snapshot(snapshot)
+    assert trainer.engine.applied_steps == 3
+    return once, train(3, 6)
+
+
+LAYOUTS: list[tuple[int, list[str]]] = [
+    (1, []),
+    (1, ["train.precision=bf16"]),
+    *((2, [f"mesh.zero_stage={stage}", "train.precision=bf16"]) for stage in range(4)),
+    (2, ["mesh.tp=2"]),
+    (2, ["mesh.pp=2", "model.tie_embeddings=true"]),
+]
+
+
+@pytest.mark.parametrize(("world", "layout"), LAYOUTS, ids=str)
+def test_going_back_gives_the_same_losses_bit_for_bit(tmp_path: Path, world: int, layout: list[str]) -> None:
+    for name in ("train", "valid"):
+        write_dataset(tmp_path / name, seed=1, documents=30)
+    for once, again in run_ranks(go_back, world, str(tmp_path), layout):
+        assert once == again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_deepspeed_engine_goes_back_too(tmp_path: Path, stage: int) -> None:
+    for name in ("train", "valid"):
+        write_dataset(tmp_path / name, seed=1, documents=30)
+    layout = ["mesh.zero_engine=deepspeed", f"mesh.zero_stage={stage}", "train.precision=bf16"]
+    for once, again in run_ranks(go_back, 2, str(tmp_path), layout, timeout_s=240):
+        assert once == again
