@@ -148,10 +148,12 @@ def _add_other_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     from data_tools.cli import add_commands as add_data_commands
     from megalite.checkpoint.command import add_command as add_checkpoint_command
     from megalite.generate import add_command as add_generate_commands
+    from megalite.spikes import add_command as add_spikes_command
 
     add_generate_commands(commands)
     add_data_commands(commands)
     add_checkpoint_command(commands)
+    add_spikes_command(commands)
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -22,11 +22,13 @@ class JsonLines:
         self.path = path
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Write one object; numbers JSON cannot express become null."""
+    def append(self, record: dict[str, Any], is_durable: bool = False) -> None:
+        """Write one object; numbers JSON cannot express become null. If durable, a power cut spares it."""
         finite = {k: _finite(v) for k, v in record.items()}
         self._file.write(json.dumps(finite, ensure_ascii=False) + "\n")
         self._file.flush()
+        if is_durable:
+            os.fsync(self._file.fileno())
 
     def drop_after(self, step: int) -> None:
         """Remove what a run wrote past the checkpoint it now continues from, and a torn last line."""
@@ -105,9 +107,17 @@ class RunLog:
             _print(text)
 
     def event(self, kind: str, step: int, **details: Any) -> None:
-        """A line in the ledger: something a reader of the curves must know."""
+        """A line in the ledger: something a reader of the curves must know, and on which data may depend."""
         if self._ledger is not None:
-            self._ledger.append({"event": kind, "step": step, "unix_s": round(time.time(), 3), **details})
+            record = {"event": kind, "step": step, "unix_s": round(time.time(), 3), **details}
+            self._ledger.append(record, is_durable=True)
+
+    def keep_curve(self, path: Path, after: int) -> None:
+        """Copy the metrics of the steps after `after`, which are about to be forgotten, to `path`."""
+        if self._metrics is not None:
+            path.parent.mkdir(exist_ok=True)
+            records = [record for record in read_json_lines(self._metrics.path) if record["step"] > after]
+            path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step: into metrics.jsonl, and to the bar or as a line."""

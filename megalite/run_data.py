@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from megalite.agreement import together
 from megalite.config import Config
+from megalite.data.batch import Batch, Replacement
 from megalite.data.best_fit import Chunks, Table
 from megalite.data.loader import DataLoader, check_same_tokenizer, open_datasets
 from megalite.data.shards import Dataset
 from megalite.errors import ConfigError
+from megalite.log import RunLog
 from megalite.parallel.collectives import gather_json
 from megalite.parallel.mesh import Mesh
 
@@ -79,3 +83,19 @@ def _pinned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     kind = torch.from_numpy(np.empty(0, dtype=dtype)).dtype
     array: NDArray[Any] = torch.empty(shape, dtype=kind, pin_memory=True).numpy()
     return array
+
+
+def quarantine(loader: DataLoader, batches: Sequence[Batch], step: int, mesh: Mesh, log: RunLog) -> None:
+    """Report the samples of a step that could not be read on any rank, and the record batches at fault.
+
+    Raises:  DataError, on every rank alike, when these are too many
+    """
+    mine = [replacement for batch in batches for replacement in batch.replaced]
+    told = gather_json(mine, mesh.world, mesh.device)
+    found = sorted({Replacement(*each) for rank in told for each in rank})
+    place = itemgetter(1, 2)
+    for (file, block), group in groupby(sorted(found, key=place), key=place):
+        samples = list(group)
+        ids = [each.sample_id for each in samples]
+        log.event("bad_block", step, file=file, batch=block, reason=samples[0].reason, samples=ids)
+    loader.quarantine(found)

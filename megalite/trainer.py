@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +19,31 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megalite.agreement import together
-from megalite.checkpoint.snapshots import KeptSnapshot, Snapshots
-from megalite.checkpoint.store import Checkpoint, newest
+from megalite.agreement import agree_on_config, agree_on_data, together
+from megalite.checkpoint.snapshots import KeptSnapshot
+from megalite.checkpoint.store import Checkpoint
 from megalite.checkpoint.writer import Writer
 from megalite.config import Config
 from megalite.config_file import changed_keys, to_toml
-from megalite.data.batch import IGNORE, Batch, Replacement
+from megalite.data.batch import IGNORE, Batch
 from megalite.data.loader import Share
 from megalite.data.tokenizer import load_tokenizer
 from megalite.engines.allocator import keep_freed_memory
-from megalite.engines.engine import Engine, StepSums
+from megalite.engines.engine import Engine
 from megalite.engines.native import NativeEngine
-from megalite.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError
+from megalite.errors import CheckpointError, ConfigError, DivergedError, PreemptedError
 from megalite.log import RunLog
-from megalite.model.flops import has_products, peak_flops, token_flops
+from megalite.meter import Measured, Meter, StepReport
+from megalite.model.flops import has_products
 from megalite.optim.lr import learning_rate
-from megalite.parallel.collectives import all_reduce, gather_json
+from megalite.parallel.collectives import all_reduce
 from megalite.parallel.mesh import Mesh
+from megalite.recovery import Recovery
+from megalite.resilience.ladder import Rollback, Spike
 from megalite.resilience.preempt import PreemptionFlag
-from megalite.run_data import PACKING_FOLDER, open_loaders
-from megalite.version import code_version
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What all ranks know of a step after their one all-reduce."""
-
-    loss: float  # nats per valid token
-    z_loss: float
-    grad_norm: float  # of the mean loss, before clipping
-    tokens: int  # valid labels in the global batch
-    is_applied: bool  # whether the weights moved
-    is_overflow: bool  # not applied, but a smaller loss scale may do (fp16)
-    is_preempted: bool  # whether any rank was asked to stop
-    has_replaced: bool  # whether any rank could not read one of its samples
+from megalite.resilience.rerun import blame, changed_ranks
+from megalite.run_data import PACKING_FOLDER, open_loaders, quarantine
+from megalite.spikes import write_report
 
 
 class Trainer:
@@ -69,22 +57,21 @@ class Trainer:
         self.config, self.mesh = config, mesh
         self.run_dir = Path(config.run_dir)
         config.grad_accum_steps(mesh.dp.size)
-        self._agree_on_config()
+        agree_on_config(config, mesh)
         if mesh.device.type == "cpu":
             keep_freed_memory()
         self.loader, self.validation = open_loaders(config, mesh)
-        self._agree_on_data()
+        agree_on_data([loader for loader in (self.loader, self.validation) if loader is not None], mesh)
         self.engine: Engine = together(self._engine_class, mesh)(config, mesh)
         self.step = 0  # optimizer steps taken or skipped
         self.position = 0  # samples consumed
         self.tokens = 0  # valid labels trained on
-        self.skipped_in_a_row = 0
         self.has_new_mixture = False  # whether it is another than that of the checkpoint
-        self._peak_flops = peak_flops(mesh.device)
-        checkpoint = config.checkpoint
-        self.snapshots = Snapshots(checkpoint.snapshot_every_steps, checkpoint.snapshots_kept, mesh)
-        found = newest(self.run_dir / "checkpoints", mesh)
-        self._restore(found)
+        self._meter = Meter(config, mesh)
+        self.recovery = Recovery(config, mesh)
+        ledger = self.recovery.read_ledger()
+        found = self.recovery.newest(ledger)
+        self._restore(found, ledger)
         # Not before: a config that does not fit the run in run_dir must leave its files alone.
         together(self._prepare_run_dir, mesh)
         self.log = RunLog(self.run_dir, mesh.rank == 0, config.train.steps, config.log.every_steps)
@@ -98,78 +85,122 @@ class Trainer:
 
         Raises:  PreemptedError after a save when asked to stop; DivergedError
         """
-        train, checkpoint = self.config.train, self.config.checkpoint
-        self._started = time.perf_counter()
-        self._productive_s = 0.0
-        with (
-            self.log,
-            self.writer,
-            self.loader.steps(
-                self.position,
-                Share(train.global_batch_size, train.micro_batch_size, self.mesh.dp.rank, self.mesh.dp.size),
-                self.config.data.prefetch,
-            ) as stream,
-        ):
+        self._meter.start()
+        with self.log, self.writer:
             self.log.resume(self.step)
+            while self.step < self.config.train.steps:
+                spike = self._run(flag)
+                if spike is not None:
+                    self._go_back(spike)
+
+    def _run(self, flag: PreemptionFlag) -> Spike | None:
+        """Steps from here to the last, or to one after which the run must go back."""
+        train, every, scale = self.config.train, self.config.checkpoint.every_steps, self.engine.loss_scale
+        share = Share(train.global_batch_size, train.micro_batch_size, self.mesh.dp.rank, self.mesh.dp.size)
+        with self.loader.steps(self.position, share, self.config.data.prefetch) as stream:
             while self.step < train.steps:
                 began, waited = time.perf_counter(), stream.wait_s
                 rate = learning_rate(self.config.optim, self.step, train.steps)
+                rate *= self.recovery.ladder.lr_factor(self.step)
                 batches = next(stream)
+                self.recovery.enter(self.loader.regime(self.position))
                 report = self.train_step(batches, rate, flag.requested)
                 self.step += 1
                 self.position += train.global_batch_size
                 self.tokens += report.tokens if report.is_applied else 0
                 times = time.perf_counter() - began, stream.wait_s - waited
                 if report.has_replaced:
-                    self._quarantine(batches)
-                record = self._record(report, rate, batches[0].tokens.shape[1], *times)
+                    quarantine(self.loader, batches, self.step, self.mesh, self.log)
+                counts = {"step": self.step, "position": self.position, "tokens": self.tokens, "lr": rate}
+                record = counts | self._meter.record(report, batches[0].tokens.shape[1], *times)
+                record["bad_blocks"] = len(self.loader.bad_blocks)
+                if scale.is_dynamic:
+                    record["loss_scale"] = scale.value
                 is_last = self.step == train.steps
                 if train.eval_every_steps and (self.step % train.eval_every_steps == 0 or is_last):
                     record["val_loss"] = self.evaluate()
                 self.log.step(record)
-                self._check_divergence(report)
-                every = checkpoint.every_steps
+                spike = self._review(report)
+                if spike is not None and not report.is_preempted:
+                    return spike
                 if is_last or report.is_preempted or (every and self.step % every == 0):
                     self.save(record, is_last or report.is_preempted)
                 self.writer.poll()
-                if self.snapshots.is_due(self.step):
-                    self.snapshots.take(self.step, self.position, self._meta(), self.engine.snapshot)
+                snapshots = self.recovery.snapshots
+                if snapshots.is_due(self.step):
+                    snapshots.take(self.step, self.position, self._meta(), self.engine.snapshot)
                 if report.is_preempted and not is_last:
                     self.log.event("preempted", self.step, cause=flag.cause)
                     raise PreemptedError(
                         f"asked to stop: saved step {self.step} in {self.run_dir}; the same command continues"
                     )
+        return None
 
     def train_step(self, micro_batches: list[Batch], lr: float, wants_stop: bool = False) -> StepReport:
-        """One optimizer step on this rank's micro-batches.
+        """One optimizer step on this rank's micro-batches, if healthy training could have produced it.
 
-        A step whose loss or gradient is not finite is not applied: the optimizer is not called, so
-        weights, moments and AdamW's step count stay as they were. In fp16 the loss scale is lowered then.
+        Else the optimizer is not called: weights, moments and AdamW's step count stay as they were. Such a
+        step is computed again before it is given up, since a processor may have erred. In fp16 the loss
+        scale is lowered where the gradient overflows.
+
+        Raises:  DivergedError, on every rank, if a step comes out differently each time it is computed
+        """
+        measured = self._measure(micro_batches, wants_stop)
+        verdict = self.recovery.detector.judge(measured.loss, measured.grad_norm)
+        scale = self.engine.loss_scale
+        is_overflow = verdict == "not finite" and math.isfinite(measured.loss) and scale.can_shrink
+        cause = ""
+        if verdict != "healthy" and not is_overflow and self.config.resilience.rerun_steps:
+            measured, cause = self._measure_again(measured, micro_batches)
+            verdict = self.recovery.detector.judge(measured.loss, measured.grad_norm)
+        is_applied = verdict == "healthy" and measured.tokens > 0
+        if is_applied:
+            clip, norm = self.config.optim.grad_clip, measured.grad_norm
+            clipping = min(1.0, clip / norm) if clip and norm > 0 else 1.0
+            self.engine.optimizer_step(lr, measured.correction * clipping)
+        scale.update(verdict != "not finite")
+        return StepReport(**vars(measured), is_applied=is_applied, is_overflow=is_overflow, cause=cause)
+
+    def _measure(self, micro_batches: list[Batch], wants_stop: bool) -> Measured:
+        """Gradients of the step, and what all ranks know of it after the step's one small all-reduce.
+
+        Every later decision is a function of that.
         """
         sums = self.engine.forward_backward(micro_batches)
-        has_replaced = any(batch.replaced for batch in micro_batches)
-        total, wants_stop, has_replaced = self._agree_on_sums(sums, wants_stop, has_replaced)
-        valid = max(total.tokens, 1.0)
+        flags = float(wants_stop), float(any(batch.replaced for batch in micro_batches))
+        values = (sums.loss, sums.z_loss, sums.tokens, sums.grad_norm_squared, *flags)
+        vector = torch.tensor(values, dtype=torch.float64, device=self.mesh.device)
+        loss, z_loss, tokens, squared, stop, replaced = all_reduce(vector, self.mesh.world).tolist()
+        valid = max(tokens, 1.0)
         # The engine divided by the batch's nominal token count; labels that are ignored make it fewer.
         correction = self.config.tokens_per_step / valid
-        norm = correction * math.sqrt(total.grad_norm_squared) if total.grad_norm_squared >= 0 else math.nan
-        is_usable = math.isfinite(total.loss) and math.isfinite(norm) and total.tokens > 0
-        if is_usable:
-            clip = self.config.optim.grad_clip
-            scale = min(1.0, clip / norm) if clip and norm > 0 else 1.0
-            self.engine.optimizer_step(lr, correction * scale)
-        is_overflow = not is_usable and math.isfinite(total.loss) and self.engine.loss_scale.can_shrink
-        self.engine.loss_scale.update(is_usable)
-        return StepReport(
-            total.loss / valid,
-            total.z_loss / valid,
-            norm,
-            int(total.tokens),
-            is_usable,
-            is_overflow,
-            wants_stop,
-            has_replaced,
+        norm = correction * math.sqrt(squared) if squared >= 0 else math.nan
+        return Measured(
+            loss / valid, z_loss / valid, norm, int(tokens), correction, stop > 0, replaced > 0, sums
         )
+
+    def _measure_again(self, first: Measured, micro_batches: list[Batch]) -> tuple[Measured, str]:
+        """A refused step once more, twice if the second run differs: the last run, and who is to blame.
+
+        Raises:  DivergedError, on every rank, if no two runs agree
+        """
+        runs = [first]
+        shares = [self.recovery.shares(first.sums)]
+        while len(runs) < 2 or (len(runs) < 3 and changed_ranks(shares[0], shares[1])):
+            runs.append(self._measure(micro_batches, first.is_preempted))
+            shares.append(self.recovery.shares(runs[-1].sums))
+        found = blame(*shares)
+        if found.cause == "data":
+            return runs[-1], "data"
+        self.log.event("hardware", self.step + 1, cause=found.cause, ranks=list(found.ranks), shares=shares)
+        line = (
+            f"step {self.step + 1} came out differently when it was computed again: {found.cause} error on "
+        )
+        line += " or ".join(f"rank {rank}" for rank in found.ranks)
+        self.log.say(line)
+        if found.cause == "persistent":
+            raise DivergedError(f"{line}; take its host out, and continue from {self.run_dir}/checkpoints")
+        return runs[-1], "hardware"
 
     def evaluate(self) -> float:
         """Mean cross-entropy in nats over the validation samples, the same samples every time."""
@@ -205,49 +236,13 @@ class Trainer:
             "applied_steps": self.engine.applied_steps,
             "loss_scale": self.engine.loss_scale.state(),
             "tokens": self.tokens,
-            "skipped_in_a_row": self.skipped_in_a_row,
+            "recovery": self.recovery.state(),
             "tokenizer": self.loader.datasets[0].tokenizer.fingerprint,
             "loader": self.loader.state(self.position),
             "config": self.config.model_dump(mode="json"),
         }
 
     # --- start ----------------------------------------------------------------------------------
-
-    def _agree_on_config(self) -> None:
-        """Every rank must have been given the same configuration, and run the same code.
-
-        Raises:  ConfigError, on every rank, naming what differs first
-        """
-        mine = {"megalite": code_version(), "config": self.config.model_dump(mode="json")}
-        everyone = gather_json(mine, self.mesh.world, self.mesh.device)
-        first = everyone[0]
-        for rank, other in enumerate(everyone[1:], 1):
-            if other["megalite"] != first["megalite"]:
-                raise ConfigError(
-                    f"rank 0 runs megalite {first['megalite']} but rank {rank} {other['megalite']}; install "
-                    "the same code on every host"
-                )
-            for key, (here, there) in changed_keys(first["config"], other["config"]).items():
-                raise ConfigError(f"{key}={here!r} on rank 0 but {there!r} on rank {rank}; use one config")
-
-    def _agree_on_data(self) -> None:
-        """Every rank must see the same datasets, whatever its host keeps under these paths.
-
-        Raises:  DataError, on every rank, naming the first dataset that differs
-        """
-        loaders = [loader for loader in (self.loader, self.validation) if loader is not None]
-        datasets = [dataset for loader in loaders for dataset in loader.datasets]
-        digests = [dataset.manifest.digest for dataset in datasets]
-        everyone = gather_json(digests, self.mesh.world, self.mesh.device)
-        for rank, others in enumerate(everyone[1:], 1):
-            for dataset, here, there in zip(datasets, everyone[0], others, strict=True):
-                if here != there:
-                    error = DataError(
-                        f"{dataset.path} has manifest {here} on rank 0 but {there} on rank {rank}; copy one "
-                        "dataset to every host, or put it on shared storage"
-                    )
-                    error.is_shared = True
-                    raise error
 
     def _engine_class(self) -> Callable[[Config, Mesh], Engine]:
         if self.config.mesh.zero_engine == "native":
@@ -268,13 +263,16 @@ class Trainer:
         except OSError as error:
             raise ConfigError(f"run_dir={str(self.run_dir)!r} cannot be written: {error.strerror}") from None
 
-    def _restore(self, found: Checkpoint | KeptSnapshot | None) -> None:
+    def _restore(self, found: Checkpoint | KeptSnapshot | None, ledger: list[Rollback]) -> None:
         """Go on from a checkpoint that verifies or from a snapshot; without either from the seed.
+
+        In either case without the samples that the ledger's rollbacks left out.
 
         Raises:  CheckpointError if it is of another model or tokenizer; ConfigError if the data would be
                  read in another order; DataError if it does not last for the run
         """
         if found is None:
+            self.step = self.position = self.tokens = 0
             self.engine.initialize()
         else:
             self.step, self.position = found.step, found.position
@@ -285,7 +283,8 @@ class Trainer:
                 self.has_new_mixture = self.loader.restore(found.meta["loader"], self.position)
                 self.engine.load_state(found)
             self.tokens = int(found.meta["tokens"])
-            self.skipped_in_a_row = int(found.meta["skipped_in_a_row"])
+        self.recovery.load(None if found is None else found.meta, ledger)
+        self.loader.skip(rollback.skipped for rollback in ledger)
         self.loader.check_length(self.config.train.steps * self.config.train.global_batch_size)
 
     def _check_tokenizer(self, found: Checkpoint) -> None:
@@ -330,95 +329,69 @@ class Trainer:
 
     # --- after a step ---------------------------------------------------------------------------
 
-    def _agree_on_sums(
-        self, sums: StepSums, wants_stop: bool, has_replaced: bool
-    ) -> tuple[StepSums, bool, bool]:
-        """The global batch's sums, and whether any rank was asked to stop or could not read a sample: the
-        step's one small all-reduce. Every later decision is a function of what it returns."""
-        flags = float(wants_stop), float(has_replaced)
-        values = (sums.loss, sums.z_loss, sums.tokens, sums.grad_norm_squared, *flags)
-        vector = torch.tensor(values, dtype=torch.float64, device=self.mesh.device)
-        loss, z_loss, tokens, norm, stop, replaced = all_reduce(vector, self.mesh.world).tolist()
-        return StepSums(loss, z_loss, tokens, norm), stop > 0, replaced > 0
+    def _review(self, report: StepReport) -> Spike | None:
+        """Take note of what became of a step; the spike that it confirms, if the run may go back.
 
-    def _quarantine(self, batches: Sequence[Batch]) -> None:
-        """Report the samples that could not be read on any rank, and the record batches at fault.
-
-        Raises:  DataError, on every rank alike, when these are too many
+        Raises:  DivergedError when too many steps are refused in a row
         """
-        mine = [replacement for batch in batches for replacement in batch.replaced]
-        found = sorted(
-            {
-                Replacement(*each)
-                for rank in gather_json(mine, self.mesh.world, self.mesh.device)
-                for each in rank
-            }
-        )
-        for (file, block), group in groupby(sorted(found, key=itemgetter(1, 2)), key=itemgetter(1, 2)):
-            samples = list(group)
-            self.log.event(
-                "bad_block",
-                self.step,
-                file=file,
-                batch=block,
-                reason=samples[0].reason,
-                samples=[each.sample_id for each in samples],
-            )
-        self.loader.quarantine(found)
-
-    def _check_divergence(self, report: StepReport) -> None:
-        """Count steps that were not applied.
-
-        Raises:  DivergedError when there are too many in a row
-        """
+        recovery, limits = self.recovery, self.config.resilience
         if report.is_applied:
-            self.skipped_in_a_row = 0
-        if report.is_applied or report.is_overflow:  # the latter ends, for the scale cannot shrink for ever
-            return
-        self.skipped_in_a_row += 1
-        first = self.position - self.config.train.global_batch_size
-        self.log.event(
-            "skip", self.step, loss=report.loss, grad_norm=report.grad_norm, samples=[first, self.position]
-        )
+            spike = recovery.applied(self.step, report.loss, report.grad_norm)
+        elif report.is_overflow:
+            return None  # that ends, for the scale cannot shrink for ever
+        else:
+            places = self.position - self.config.train.global_batch_size, self.position - 1
+            first, last = map(self.loader.skips.index_at, places)
+            what = f"loss {report.loss:.4g}, gradient norm {report.grad_norm:.4g}"
+            values = {"loss": report.loss, "grad_norm": report.grad_norm, "cause": report.cause}
+            self.log.event("skip", self.step, samples=[first, last + 1], **values)
+            self.log.say(f"step {self.step} not applied: {what}, samples {first} to {last}")
+            spike = recovery.ladder.refused(self.step, what)
+            in_a_row = recovery.ladder.refused_in_a_row
+            if in_a_row > limits.max_skipped_steps:
+                raise self._diverged(
+                    f"{in_a_row} steps in a row were refused, the last with {what} "
+                    f"(resilience.max_skipped_steps={limits.max_skipped_steps})",
+                    (first, last + 1),
+                )
+        return spike if limits.max_rollbacks else None
+
+    def _go_back(self, spike: Spike) -> None:
+        """To weights from well before the spike, and on from there without the samples around it.
+
+        Raises:  DivergedError when that has been done too often
+        """
+        ladder, batch = self.recovery.ladder, self.config.train.global_batch_size
+        done = self.position - self.step * batch  # 0, unless the batch size has changed in this run
+
+        def index(steps: int) -> int:
+            return self.loader.skips.index_at(steps * batch + done)
+
+        hopeless = ladder.exhausted(spike)
+        if hopeless is not None:
+            window = ladder.window(spike, 0)
+            raise self._diverged(f"a spike at step {spike.onset} after {hopeless}", tuple(map(index, window)))
+        self.writer.wait()
+        found = self.recovery.target(spike)
+        to_step = 0 if found is None else found.step
+        start, stop = ladder.window(spike, to_step)
+        rollback = Rollback(spike.onset, spike.detected, spike.reason, to_step, (index(start), index(stop)))
+        curve = f"spikes/step_{spike.detected:08d}.jsonl"
+        together(lambda: self.log.keep_curve(self.run_dir / curve, to_step), self.mesh)
+        self.log.event("rollback", self.step, **rollback.to_json(), curve=curve)
         self.log.say(
-            f"step {self.step} not applied: loss {report.loss}, gradient norm {report.grad_norm}, "
-            f"samples {first} to {self.position - 1}"
+            f"spike at step {spike.onset} ({spike.reason}): back to step {to_step}, and on without samples "
+            f"{rollback.skipped[0]} to {rollback.skipped[1] - 1}"
         )
-        limit = self.config.resilience.max_skipped_steps
-        if self.skipped_in_a_row > limit:
-            raise DivergedError(
-                f"{self.skipped_in_a_row} steps in a row were not finite "
-                f"(resilience.max_skipped_steps={limit}); lower optim.lr, look at samples "
-                f"up to {self.position}, and continue from {self.run_dir}/checkpoints"
-            )
+        earlier = ladder.rollbacks
+        self._restore(found, [*earlier, rollback])
+        self.recovery.snapshots.forget_after(to_step)
+        self.log.resume(to_step)
 
-    def _record(
-        self, report: StepReport, lr: float, seq_len: int, step_s: float, wait_s: float
-    ) -> dict[str, Any]:
-        self._productive_s += step_s if report.is_applied else 0.0
-        per_s = self.config.tokens_per_step / step_s
-        peak = self._peak_flops * self.mesh.size if self._peak_flops else None
-        flops = token_flops(self.config.model, seq_len)
-        return {
-            "step": self.step,
-            "position": self.position,
-            "loss": report.loss,
-            "z_loss": report.z_loss,
-            "grad_norm": report.grad_norm,
-            "lr": lr,
-            "tokens": self.tokens,
-            "seq_len": seq_len,
-            "tokens_per_s": round(per_s, 1),
-            "mfu": per_s * flops.strict / peak if peak else None,
-            "mfu_non_causal": per_s * flops.non_causal / peak if peak else None,
-            "goodput": round(self._productive_s / (time.perf_counter() - self._started), 4),
-            "step_s": round(step_s, 4),
-            "data_wait_s": round(wait_s, 4),
-            "bad_blocks": len(self.loader.bad_blocks),
-            "events": self._events(report),
-            **({"loss_scale": scale.value} if (scale := self.engine.loss_scale).is_dynamic else {}),
-        }
-
-    def _events(self, report: StepReport) -> list[str]:
-        events = ["replaced"] if report.has_replaced else []
-        return events if report.is_applied else [*events, "overflow" if report.is_overflow else "skip"]
+    def _diverged(self, reason: str, samples: tuple[int, ...]) -> DivergedError:
+        """The error that ends a run which cannot help itself, once its report is written."""
+        path = self.run_dir / "diverged.md"
+        if self.mesh.rank == 0:
+            write_report(path, reason, samples, self.recovery.ladder.rollbacks, self.loader)
+        self.log.event("diverged", self.step, reason=reason, samples=list(samples))
+        return DivergedError(f"{reason}; {path} says what was tried and which documents were read")

@@ -244,6 +244,13 @@ class BestFit:
         first = chunk * self._chunks.width
         return distinct_in_ranges(first, np.minimum(first + self._chunks.width, self._dataset.num_blocks) - 1)
 
+    def pieces(self, sample: int) -> list[tuple[int, int, int]]:
+        """See `Packing`."""
+        chunk = bisect_right(self._first, sample) - 1
+        plan, place = self._plan(chunk), sample - self._first[chunk]
+        rows = plan.pieces[plan.edges[place] : plan.edges[place + 1]].tolist()
+        return [(number, start, stop) for number, start, stop, _ in rows]
+
     def _pack_chunk(self, chunk: int) -> _Plan:
         chunks = self._chunks
         offsets = [chunks.dataset.block(number).offsets for number in chunks.blocks(chunk)]

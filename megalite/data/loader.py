@@ -37,6 +37,15 @@ MAX_HINTED = 1024  # record batches remembered as already asked for
 Ints = NDArray[np.int64]
 
 
+class Passage(NamedTuple):
+    """A document's tokens in a sample, uint16|uint32 [n], and where the document comes from."""
+
+    dataset: str
+    source: str
+    doc_id: str
+    tokens: NDArray[Any]
+
+
 class Share(NamedTuple):
     """A rank's part of every step: rank r takes the r-th of `world` equal runs of its samples."""
 
@@ -262,6 +271,13 @@ class DataLoader:
 
     # --- reading --------------------------------------------------------------------------------
 
+    def regime(self, position: int) -> tuple[int, int]:
+        """What the loss of the step that begins at `position` depends on beside the weights: the tokens a
+        row, and how many of the mixture's phases have begun."""
+        index = self.skips.index_at(position)
+        row_len = int(self._seq_lens.at(np.array([index]))[0])
+        return row_len, sum(phase.start <= index for phase in self._phases)
+
     def locate(self, sample_ids: Ints) -> tuple[Ints, Ints]:
         """Source and sample number within it of each global sample index; int64 [n] each.
 
@@ -281,6 +297,22 @@ class DataLoader:
         """
         ids = np.array(sample_ids, dtype=np.int64)
         return self._gather(ids, *self.locate(ids), row_len=self.seq_len)
+
+    def passages(self, sample_id: int) -> list[Passage]:
+        """The documents that a sample is made of, in their order.
+
+        Raises:  DataError if it cannot be read
+        """
+        sources, samples = self.locate(np.array([sample_id]))
+        dataset, found = self.datasets[int(sources[0])], []
+        for number, start, stop in self._packings[int(sources[0])].pieces(int(samples[0])):
+            block = dataset.block(number)
+            names, origins = block.doc_ids, block.sources
+            first, last = (int(n) for n in np.searchsorted(block.offsets, [start + 1, stop]))
+            for d in range(first - 1, last):
+                low, high = max(start, int(block.offsets[d])), min(stop, int(block.offsets[d + 1]))
+                found.append(Passage(str(dataset.path), origins[d], names[d], block.tokens[low:high]))
+        return found
 
     def micro_batches(self, position: int, share: Share) -> list[Batch]:
         """One rank's part of the step that begins after `position` consumed samples.

@@ -32,6 +32,9 @@ class Packing(Protocol):
     def blocks(self, samples: Ints) -> Ints:
         """Numbers of the record batches that hold these samples, ascending."""
 
+    def pieces(self, sample: int) -> list[tuple[int, int, int]]:
+        """What a sample is made of: (record batch, start, stop) for each run of its tokens."""
+
 
 class Concat:
     """Sample k is the tokens [k·seq_len, k·seq_len + seq_len] of the stream, the last as a label only.
@@ -104,6 +107,17 @@ class Concat:
         first = np.searchsorted(self._dataset.block_ends, samples * self._seq_len, side="right")
         last = np.searchsorted(self._dataset.block_ends, (samples + 1) * self._seq_len, side="right")
         return distinct_in_ranges(first, last)
+
+    def pieces(self, sample: int) -> list[tuple[int, int, int]]:
+        """See `Packing`."""
+        position, stop = sample * self._seq_len, (sample + 1) * self._seq_len
+        found = []
+        for number in self.blocks(np.array([sample])).tolist():
+            begin = self._ends[number - 1] if number else 0
+            low, high = max(position, begin), min(stop, self._ends[number])
+            if low < high:
+                found.append((number, low - begin, high - begin))
+        return found
 
 
 def distinct_in_ranges(first: Ints, last: Ints) -> Ints:

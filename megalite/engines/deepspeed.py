@@ -213,6 +213,11 @@ class DeepSpeedEngine:
         self._fill(
             "weight", lambda name, start, stop: initial_values(config.model, config.seed, name, start, stop)
         )
+        for kind in STATE_KINDS[1:]:
+            self._fill(kind, lambda name, start, stop: torch.zeros(stop - start))
+        self.applied_steps = 0
+        self.loss_scale.reset()
+        self.state.set_step_count(0)
         self.state.publish()
 
     def state_slices(self) -> Iterator[TensorSlice]:

@@ -62,7 +62,7 @@ class Engine(Protocol):
         """
 
     def initialize(self) -> None:
-        """Set fresh weights, a function of the seed alone."""
+        """Set fresh weights, a function of the seed alone, and an optimizer that has done nothing."""
 
     def state_slices(self) -> Iterable[TensorSlice]:
         """What this rank contributes to a checkpoint: weights and optimizer state in fp32."""

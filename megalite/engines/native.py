@@ -102,6 +102,10 @@ class NativeEngine:
             return initial_values(config.model, config.seed, owned.name, owned.start, owned.stop)
 
         self.optimizer.fill("weight", values)
+        for kind in STATE_KINDS[1:]:
+            self.optimizer.state(kind).zero_()
+        self.optimizer.applied_steps = 0
+        self.loss_scale.reset()
         self.optimizer.weights.publish()
 
     def state_slices(self) -> Iterator[TensorSlice]:

@@ -17,9 +17,14 @@ class LossScale:
 
     def __init__(self, config: TrainConfig) -> None:
         self.is_dynamic = config.precision == "fp16"
-        self.value = config.loss_scale if self.is_dynamic else 1.0
-        self.good_steps = 0  # since it last changed
+        self._first = config.loss_scale if self.is_dynamic else 1.0
         self._window = config.loss_scale_window
+        self.reset()
+
+    def reset(self) -> None:
+        """Start over."""
+        self.value = self._first
+        self.good_steps = 0  # since it last changed
 
     @property
     def can_shrink(self) -> bool:

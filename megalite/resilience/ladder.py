@@ -104,10 +104,10 @@ class Ladder:
         return max(spike.onset - 1 - distance, 0)
 
     def window(self, spike: Spike, to_step: int) -> tuple[int, int]:
-        """Steps whose samples are left out, half-open, counted in steps done: after `to_step`, and so
-        that the step that confirmed the spike is among them."""
+        """Steps whose samples are left out, half-open, counted in steps done: none before `to_step`, and
+        the steps that made it a spike among them."""
         start = max(spike.onset - 1 - self.skip_steps // 2, to_step)
-        return start, max(start + self.skip_steps, spike.detected)
+        return start, max(start + self.skip_steps, min(spike.detected, spike.onset + _WITHIN))
 
     def exhausted(self, spike: Spike) -> str | None:
         """Why no further rollback is allowed, or None."""

@@ -225,7 +225,12 @@ def _train_poisoned(mesh: Mesh, config: Config, rank: int, name: str) -> tuple[i
 def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight_on_any(
     root: Path, alone: Mesh, world: int, layout: list[str], name: str
 ) -> None:
-    common = ["train.steps=6", "train.micro_batch_size=6", "train.eval_samples=8"]
+    common = [
+        "train.steps=6",
+        "train.micro_batch_size=6",
+        "train.eval_samples=8",
+        "resilience.max_rollbacks=0",
+    ]
     config = tiny(root, *common, DS, *layout)
     results = run_ranks(_train_poisoned, world, config, world - 1, name, timeout_s=PATIENCE_S)
     assert [applied for applied, _ in results] == [4] * world

@@ -189,7 +189,7 @@ def _train_poisoned(mesh: Mesh, config: Config, steps: list[int], rank: int, nam
 def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight_on_any(
     root: Path, world: int, layout: list[str], name: str
 ) -> None:
-    config = tiny(root, "train.steps=8", "train.micro_batch_size=6", *layout)
+    config = tiny(root, "train.steps=8", "train.micro_batch_size=6", "resilience.max_rollbacks=0", *layout)
     results = run_ranks(_train_poisoned, world, config, [3, 4], world - 1, name)
     assert [r["applied"] for r in results] == [6] * world
     events = [json.loads(line) for line in (root / "run/ledger.jsonl").read_text().splitlines()]
@@ -235,7 +235,7 @@ def test_the_loss_scale_survives_a_resume(root: Path, alone: Mesh) -> None:
 
 
 def test_too_many_skipped_steps_end_the_run(root: Path, alone: Mesh) -> None:
-    trainer = Trainer(tiny(root, "resilience.max_skipped_steps=2"), alone)
+    trainer = Trainer(tiny(root, "resilience.max_skipped_steps=2", "resilience.max_rollbacks=0"), alone)
     _poison(trainer, set(range(2, 20)), rank=0)
     with pytest.raises(DivergedError, match="3 steps in a row"):
         trainer.fit(PreemptionFlag())

@@ -1,0 +1,117 @@
+"""A run's health: which steps are applied, and how it goes back when a spike is certain.
+
+Every rank holds the same and decides the same, from what all agreed on. The ledger is the authority on
+what was left out: its line is on disk before anything is changed, and a run that is killed in between,
+or before its next checkpoint, reads it when it starts again. So the data a run sees is a function of
+(seed, sample index, ledger), and the curve after a rollback is that of a run which never had the batches.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megalite.checkpoint.snapshots import KeptSnapshot, Snapshots
+from megalite.checkpoint.store import Checkpoint, newest
+from megalite.config import Config
+from megalite.engines.engine import StepSums
+from megalite.log import read_json_lines
+from megalite.parallel.collectives import gather_json
+from megalite.parallel.mesh import Mesh
+from megalite.resilience.ladder import Ladder, Rollback, Spike, abandoned_from
+from megalite.resilience.rerun import Shares
+from megalite.resilience.spike import SpikeDetector
+
+LEDGER = "ledger.jsonl"
+
+
+class Recovery:
+    """Judges a run's steps, and finds what it may go back to."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self._config, self._mesh = config, mesh
+        self._run_dir = Path(config.run_dir)
+        keys = config.checkpoint
+        self.detector = SpikeDetector(config.resilience)
+        self.ladder = Ladder(config)
+        self.snapshots = Snapshots(keys.snapshot_every_steps, keys.snapshots_kept, mesh)
+        self._regime: tuple[int, int] | None = None
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; JSON."""
+        regime = None if self._regime is None else list(self._regime)
+        return {"detector": self.detector.state(), "ladder": self.ladder.state(), "regime": regime}
+
+    def load(self, meta: dict[str, Any] | None, ledger: list[Rollback]) -> None:
+        """Go on from a checkpoint's or snapshot's meta, or from the seed; `ledger` knows every rollback."""
+        if meta is None:
+            self.detector.forget()
+            self.ladder.load({"rollbacks": [], "refused": [], "refused_in_a_row": 0}, ledger)
+            self._regime = None
+            return
+        state = meta["recovery"]
+        self.detector.load(state["detector"])
+        self.ladder.load(state["ladder"], ledger)
+        self._regime = None if state["regime"] is None else (int(state["regime"][0]), int(state["regime"][1]))
+
+    # --- at the start ---------------------------------------------------------------------------
+
+    def read_ledger(self) -> list[Rollback]:
+        """The rollbacks of this run so far, as rank 0's ledger has them."""
+        lines = None
+        if self._mesh.rank == 0:
+            lines = [
+                line for line in read_json_lines(self._run_dir / LEDGER) if line.get("event") == "rollback"
+            ]
+        told = gather_json(lines, self._mesh.world, self._mesh.device)[0]
+        return [Rollback.from_json(record) for record in told]
+
+    def newest(self, ledger: list[Rollback]) -> Checkpoint | None:
+        """The newest checkpoint that verifies and is not of a future that the run has left.
+
+        Raises:  CheckpointError if there are checkpoints and none verifies
+        """
+        root = self._run_dir / "checkpoints"
+        found = newest(root, self._mesh)
+        while found is not None:
+            known = [Rollback.from_json(r) for r in found.meta["recovery"]["ladder"]["rollbacks"]]
+            limit = abandoned_from(ledger, known)
+            if limit is None or found.step <= limit:
+                break
+            found = newest(root, self._mesh, before=limit)
+        return found
+
+    # --- at every step --------------------------------------------------------------------------
+
+    def enter(self, regime: tuple[int, int]) -> None:
+        """The next step's kind of data, `DataLoader.regime`: when it changes, so may the loss."""
+        if self._regime is not None and regime != self._regime:
+            self.detector.forget()
+        self._regime = regime
+
+    def applied(self, step: int, loss: float, grad_norm: float) -> Spike | None:
+        """Take note of a step that was applied; a slow divergence, if it shows one."""
+        self.ladder.applied()
+        self.detector.accept(step, loss, grad_norm)
+        onset = self.detector.slow_onset
+        if onset is None:
+            return None
+        return Spike(onset + 1, step, "the loss has been climbing since")
+
+    def shares(self, sums: StepSums) -> Shares:
+        """Every rank's part of a step's loss and squared gradient norm."""
+        mine = [sums.loss, sums.grad_norm_squared]
+        return [(a, b) for a, b in gather_json(mine, self._mesh.world, self._mesh.device)]
+
+    def target(self, spike: Spike) -> KeptSnapshot | Checkpoint | None:
+        """What to go back to: the newest snapshot that is old enough, or checkpoint; else None, the seed.
+
+        Raises:  CheckpointError if there are checkpoints and none that is old enough verifies
+        """
+        latest = self.ladder.latest_target(spike)
+        kept = self.snapshots.newest_before(latest)
+        if kept is not None:
+            return kept
+        return newest(self._run_dir / "checkpoints", self._mesh, before=latest)

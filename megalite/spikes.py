@@ -1,0 +1,237 @@
+"""What a spike looked like, which documents it met, and whether it was they: `megalite spikes RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from megalite.data.loader import DataLoader
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.errors import ConfigError
+from megalite.log import read_json_lines
+from megalite.resilience.ladder import Rollback
+
+if TYPE_CHECKING:
+    from megalite.config import Config
+
+_BARS = "▁▂▃▄▅▆▇█"
+_EXCERPT = 100  # characters of a document
+_OUTLIER = 5.0  # deviations of the batches beside a window, above which one of its own is no usual one
+
+_HELP = """\
+examples:
+  megalite spikes runs/a                         every step left out, every rollback, with its curve
+  megalite spikes runs/a --documents 20          and the documents that were left out, 20 a rollback
+  megalite spikes runs/a --replay 1              was it the data? the first rollback's window, computed with
+                                                 the weights of the newest checkpoint
+  megalite spikes runs/a --replay 1 --at 4000    … or with those of another one
+"""
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`megalite spikes`."""
+    parser = commands.add_parser(
+        "spikes",
+        help="list a run's spikes and the documents in them; replay one",
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--documents", type=int, default=0, metavar="N", help="documents shown a rollback")
+    parser.add_argument("--replay", type=int, metavar="N", help="compute the N-th rollback's window again")
+    parser.add_argument("--at", type=int, metavar="STEP", help="with this checkpoint's weights")
+    parser.set_defaults(func=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if not (args.run / "config.toml").exists():
+        raise ConfigError(f"{args.run} holds no config.toml; give a run folder")
+    events = read_json_lines(args.run / "ledger.jsonl")
+    rollbacks = [event for event in events if event.get("event") == "rollback"]
+    if args.replay is not None:
+        if not 1 <= args.replay <= len(rollbacks):
+            raise ConfigError(f"--replay {args.replay}: {args.run} has {len(rollbacks)} rollbacks")
+        print(replay(args.run, Rollback.from_json(rollbacks[args.replay - 1]), args.at))
+        return 0
+    for line in _listing(args.run, events, args.documents):
+        print(line)
+    return 0
+
+
+def _listing(run: Path, events: Sequence[dict[str, Any]], documents: int) -> Iterator[str]:
+    told = [event for event in events if event.get("event") in ("skip", "hardware", "rollback", "diverged")]
+    if not told:
+        yield f"{run}: no step was refused"
+        return
+    loader = open_loader(run) if documents else None
+    count = 0
+    for event in told:
+        where = f"step {event['step']}"
+        if event["event"] == "skip":
+            values = f"loss {event['loss']}, gradient norm {event['grad_norm']}"
+            yield f"{where}  left out: {values} ({event['cause'] or 'not computed again'})"
+        elif event["event"] == "hardware":
+            yield f"{where}  {event['cause']} error of a processor, rank {event['ranks']}"
+        elif event["event"] == "diverged":
+            yield f"{where}  gave up: {event['reason']}"
+        else:
+            count += 1
+            rollback = Rollback.from_json(event)
+            yield f"{where}  rollback {count}: {_sentence(rollback)}"
+            yield from _curve(run / str(event["curve"]), rollback)
+            if loader is not None:
+                yield from islice(describe(loader, rollback.skipped, load_tokenizer(run)), documents)
+
+
+def _sentence(rollback: Rollback) -> str:
+    return (
+        f"spike at step {rollback.onset} ({rollback.reason}), certain at {rollback.detected}; back to step "
+        f"{rollback.to_step}, without samples {rollback.skipped[0]} to {rollback.skipped[1] - 1}"
+    )
+
+
+def _curve(path: Path, rollback: Rollback) -> Iterator[str]:
+    """Loss and gradient norm of the steps before and in the spike, as bars of their logarithms."""
+    records = [r for r in read_json_lines(path) if r["step"] > rollback.onset - 40]
+    for key in ("loss", "grad_norm"):
+        values = [math.log(r[key]) if r.get(key) else None for r in records]
+        known = [value for value in values if value is not None]
+        if not known:
+            continue
+        low, high = min(known), max(known)
+        scale = (len(_BARS) - 1) / max(high - low, 1e-9)
+        bars = "".join("!" if v is None else _BARS[round((v - low) * scale)] for v in values)
+        yield f"    {key:<9} {bars}  {math.exp(low):.3g} to {math.exp(high):.3g}"
+
+
+def describe(loader: DataLoader, samples: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """A line for each document in the samples [start, stop): its source, its name, how it begins."""
+    for sample in range(samples[0], samples[1]):
+        for passage in loader.passages(sample):
+            text = " ".join(tokenizer.decode(passage.tokens[: 2 * _EXCERPT].tolist()).split())
+            yield f"    sample {sample}  {passage.source}  {passage.doc_id}  {text[:_EXCERPT]!r}"
+
+
+def open_loader(run: Path) -> DataLoader:
+    """The training data as a run's config and newest checkpoint have it, in one process."""
+    from megalite.checkpoint.store import open_checkpoint
+    from megalite.config_file import load_config
+    from megalite.parallel.mesh import build_mesh
+    from megalite.run_data import open_loaders
+
+    config = load_config(run / "config.toml", [f"run_dir={str(run)!r}"])
+    loader, _ = open_loaders(config, build_mesh())
+    if (run / "checkpoints").exists():
+        found = open_checkpoint(run)
+        loader.restore(found.meta["loader"], found.position)
+    return loader
+
+
+def write_report(
+    path: Path, reason: str, samples: Sequence[int], rollbacks: Sequence[Rollback], loader: DataLoader
+) -> None:
+    """Why a run gave up, what it tried, and what it read then; Markdown."""
+    tokenizer = load_tokenizer(loader.datasets[0].path)
+    lines = [
+        "# This run needs a human",
+        "",
+        f"It stopped by itself: {reason}.",
+        "",
+        "## What was tried",
+        *([f"- {_sentence(rollback)}" for rollback in rollbacks] or ["- nothing but leaving steps out"]),
+        "",
+        "## What to go on from",
+        _best_checkpoints(path.parent),
+        "",
+        f"## Samples {samples[0]} to {samples[1] - 1}, read when it stopped",
+        *islice(describe(loader, samples, tokenizer), 200),
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _best_checkpoints(run: Path) -> str:
+    from megalite.checkpoint.command import describe as describe_checkpoint
+    from megalite.checkpoint.retention import candidates
+
+    root = run / "checkpoints"
+    found = [describe_checkpoint(root / name, reads_all=False) for name in candidates(root)]
+    whole = [record for record in found if record.get("step") is not None]
+    if not whole:
+        return "There is no checkpoint; the run starts from its seed again."
+    losses = {int(record["step"]): record.get("val_loss") or record.get("loss") for record in whole}
+    known = {step: float(loss) for step, loss in losses.items() if loss is not None}
+    best = min(known, key=lambda step: known[step], default=None)
+    kept = ", ".join(f"step {step} (loss {loss})" for step, loss in sorted(losses.items()))
+    return f"Checkpoints: {kept}. The best by its loss is that of step {best}."
+
+
+# --- replay -------------------------------------------------------------------------------------------
+
+
+def replay(run: Path, rollback: Rollback, step: int | None) -> str:
+    """Compute the batches that were left out with other weights, beside as many batches after them.
+
+    If they are outliers there too it was the data; if not, it was the meeting of data and weights.
+
+    Raises:  CheckpointError if there is no such checkpoint
+    """
+    import torch
+
+    from megalite.checkpoint.retention import step_name
+    from megalite.checkpoint.store import open_checkpoint
+    from megalite.config_file import load_config
+    from megalite.engines.native import NativeEngine
+    from megalite.parallel.mesh import build_mesh
+
+    whole = load_config(run / "config.toml", [f"run_dir={str(run)!r}"])
+    config = alone(whole)
+    loader = open_loader(run)
+    found = open_checkpoint(run if step is None else run / "checkpoints" / step_name(step))
+    engine = NativeEngine(config, build_mesh())
+    engine.load_state(found)
+    size, micro = config.train.global_batch_size, config.train.micro_batch_size
+
+    def measure(first: int) -> tuple[float, float]:
+        batches = [loader.batch(range(i, i + micro)) for i in range(first, first + size, micro)]
+        sums = engine.forward_backward(batches)
+        correction = config.tokens_per_step / max(sums.tokens, 1.0)
+        return sums.loss / max(sums.tokens, 1.0), correction * math.sqrt(max(sums.grad_norm_squared, 0.0))
+
+    start, stop = rollback.skipped
+    torch.set_grad_enabled(True)
+    inside = {first: measure(first) for first in range(start, stop - size + 1, size)}
+    beside = {first: measure(first) for first in range(stop, 2 * stop - start - size + 1, size)}
+    odd = [first for first, values in inside.items() if _is_outlier(values, list(beside.values()))]
+    lines = [f"window of {_sentence(rollback)}", f"computed with the weights of step {found.step}:"]
+    for name, batches in (("in the window", inside), ("after it", beside)):
+        for first, (loss, norm) in batches.items():
+            mark = "  ← unusual" if first in odd else ""
+            values = f"loss {loss:.4f}, gradient norm {norm:.4f}"
+            lines.append(f"  {name}: samples {first} to {first + size - 1}: {values}{mark}")
+    if odd:
+        lines.append(f"bad data: {len(odd)} of {len(inside)} batches are unusual for these weights too")
+    else:
+        lines.append("bad moment: for these weights the batches are like those after them")
+    return "\n".join(lines)
+
+
+def alone(config: Config) -> Config:
+    """The same model on one process."""
+    from megalite.config import MeshConfig
+
+    return config.model_copy(update={"mesh": MeshConfig()})
+
+
+def _is_outlier(values: tuple[float, float], others: Sequence[tuple[float, float]]) -> bool:
+    for value, rest in zip(values, zip(*others, strict=True), strict=True):
+        logs = [math.log(max(other, 1e-30)) for other in rest]
+        middle = median(logs)
+        deviation = median(abs(log - middle) for log in logs)
+        if not math.isfinite(value) or math.log(max(value, 1e-30)) - middle > max(_OUTLIER * deviation, 0.05):
+            return True
+    return False
