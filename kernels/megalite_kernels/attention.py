@@ -39,7 +39,8 @@ def attention(
     scale: float | None = None,
     return_lse: Literal[False] = False,
     impl: Impl = "auto",
-) -> Tensor: ...
+) -> Tensor:
+    """The output alone."""
 
 
 @overload
@@ -54,7 +55,8 @@ def attention(
     scale: float | None = None,
     return_lse: Literal[True],
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor]:
+    """The output and its log-sum-exp."""
 
 
 def attention(
