@@ -231,7 +231,8 @@ def attention_backward(
             (blocks * batch * heads,),
             *(q, k, v, o, grad, lse, grad_lse, dq, delta, _or(low, lse), _or(high, lse)),
             *(*strides(q), *strides(k), *strides(v), *strides(o), *strides(grad)),
-            *(queries, keys, heads, group, batch * heads, window, scale, blocks, section(k, group)),
+            *(queries, keys, heads, group, batch * heads),
+            *(window, scale, blocks, section(k, sharing=group)),
             **mask,
             **options,
         )
@@ -243,7 +244,8 @@ def attention_backward(
             (blocks * batch * kv_heads,),
             *(q, k, v, grad, lse, delta, dk, dv, _or(first, lse), _or(stop, lse)),
             *(*strides(q), *strides(k), *strides(v), *strides(grad), *strides(dk)),
-            *(queries, keys, kv_heads, group, batch * kv_heads, window, scale, blocks, section(q)),
+            *(queries, keys, kv_heads, group, batch * kv_heads),
+            *(window, scale, blocks, section(q, streams=group)),
             **mask,
             **options,
         )

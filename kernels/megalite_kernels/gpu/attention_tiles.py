@@ -141,11 +141,11 @@ def block_and_head(blocks, heads, together, LAST_FIRST: tl.constexpr):
     return block, head
 
 
-def section(streamed: Tensor, group: int = 1) -> int:
-    """How many heads run together, where `group` of them stream the same two heads of a tensor like
-    `streamed` [batch, rows, heads, d]."""
-    each = 2 * streamed.shape[1] * streamed.shape[3] * streamed.element_size()
-    return max(_SECTION_BYTES // max(each, 1), 1) * group
+def section(streamed: Tensor, streams: int = 1, sharing: int = 1) -> int:
+    """How many heads run together where every `sharing` of them read the same `streams` heads of two
+    tensors like `streamed` [batch, rows, heads, d]."""
+    each = 2 * streams * streamed.shape[1] * streamed.shape[3] * streamed.element_size()
+    return max(_SECTION_BYTES // max(each, 1), 1) * sharing
 
 
 def constants(direction: str, x: Tensor) -> dict[str, int]:
