@@ -147,8 +147,10 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_other_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from data_tools.cli import add_commands as add_data_commands
     from megalite.generate import add_command as add_generate_commands
+    from megalite.kernels_command import add_command as add_kernels_command
 
     add_generate_commands(commands)
+    add_kernels_command(commands)
     add_data_commands(commands)
 
 
