@@ -11,12 +11,14 @@ from megalite_kernels.dropout import dropout
 from megalite_kernels.embedding import embedding
 from megalite_kernels.linear_cross_entropy import VocabShard, linear_cross_entropy
 from megalite_kernels.mlp import gelu, swiglu
-from megalite_kernels.norm import layer_norm, rms_norm
+from megalite_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from megalite_kernels.rope import rope
 
 __all__ = [
     "VocabShard",
     "adamw_",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "dropout",
     "embedding",

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite_kernels.dispatch import Impl, resolve
+from megalite_kernels.cost import Cost
+from megalite_kernels.dispatch import Impl, Resolved, resolve
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: Impl = "auto") -> Tensor:
@@ -19,7 +20,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: Impl = "auto") -> T
     Shapes:  x [..., dim]; weight [dim]; returns x's shape and dtype
     Source:  Zhang and Sennrich 2019, eq. 4
     """
-    chosen = resolve(impl, "norm", x)
+    chosen = _resolve(impl, "rms_norm", x)
     if chosen == "reference":
         return rms_norm_reference(x, weight, eps)
     if chosen == "triton":
@@ -29,6 +30,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: Impl = "auto") -> T
         return result
     y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
+
+
+def add_rms_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, eps: float, *, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual stream and norm the sum: y = rms_norm(x + branch), and x + branch.
+
+    The sum is rounded to x's dtype before it is normed, so that y is of the stream as it is stored.
+
+    Shapes:  x, branch [..., dim] of one dtype; weight [dim]; returns y and the stream, as x
+    """
+    chosen = _resolve(impl, "add_rms_norm", x)
+    if chosen == "triton":
+        from megalite_kernels.gpu.norm import add_rms_norm as kernel
+
+        y, stream, _ = kernel(x, branch, weight, eps)
+        return y, stream
+    stream = x + branch
+    return rms_norm(stream, weight, eps, impl=chosen), stream
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -69,10 +89,33 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, impl: Imp
     Shapes:  x [..., dim]; weight, bias [dim]; returns x's shape and dtype
     Source:  Ba et al. 2016, eq. 4
     """
-    if resolve(impl, "norm", x) == "reference":
+    chosen = _resolve(impl, "layer_norm", x)
+    if chosen == "reference":
         return layer_norm_reference(x, weight, bias, eps)
+    if chosen == "triton":
+        from megalite_kernels.gpu.norm import layer_norm as kernel
+
+        result: Tensor = kernel(x, weight, bias, eps)[0]
+        return result
     y: Tensor = _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
     return y
+
+
+def add_layer_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, *, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` with LayerNorm: y = layer_norm(x + branch), and x + branch.
+
+    Shapes:  x, branch [..., dim] of one dtype; weight, bias [dim]; returns y and the stream, as x
+    """
+    chosen = _resolve(impl, "add_layer_norm", x)
+    if chosen == "triton":
+        from megalite_kernels.gpu.norm import add_layer_norm as kernel
+
+        y, stream, _, _ = kernel(x, branch, weight, bias, eps)
+        return y, stream
+    stream = x + branch
+    return layer_norm(stream, weight, bias, eps, impl=chosen), stream
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -101,3 +144,23 @@ class _LayerNorm(torch.autograd.Function):
             grads[0].to(mean.dtype), x.to(mean.dtype), weight.shape, mean, rstd, weight, bias, [True] * 3
         )
         return dx.to(x.dtype), dw, db, None
+
+
+def norm_cost(
+    rows: int, dim: int, dtype: torch.dtype, *, is_added: bool = False, is_backward: bool = False
+) -> Cost:
+    """Least work of a norm, or with `is_added` of one with its residual addition.
+
+    Forward reads x and writes y; an addition also reads the branch and writes the stream. Backward reads
+    x and the gradient and writes dx, which is the branch's gradient as well; after an addition it also
+    reads the stream's gradient. The weights and the few numbers of a row are left out of bytes, and
+    flops are counted as one a term of the formula.
+    """
+    passes = (2 + 2 * is_added) if not is_backward else (3 + is_added)
+    flops = (4 + is_added) if not is_backward else (9 + is_added)
+    return Cost(rows * dim * flops, rows * dim * passes * dtype.itemsize)
+
+
+def _resolve(impl: Impl, operation: str, x: Tensor) -> Resolved:
+    """By width: what wins at 128 need not at 8192. The variants are "rms_norm/4096" and the like."""
+    return resolve(impl, "norm", x, f"{operation}/{max(64, 1 << (x.shape[-1] - 1).bit_length())}")
