@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _propose(results, options.out)
     failed = results.failures()
     print(f"\n{results.path}: {'nothing failed' if not failed else f'{len(failed)} failed'}")
-    print(*(f"  failed: {name}" for name in failed), sep="\n", end="")
+    for name in failed:
+        print(f"  failed: {name}")
     return 1 if failed else 0
 
 

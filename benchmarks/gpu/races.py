@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu.figures import OURS, TORCH
-from benchmarks.gpu.timing import Action, Clock
-from benchmarks.gpu.workloads import Unavailable, Workload, as_tuple, leaves, races, upstream
+from benchmarks.gpu.timing import Action, Clock, can_run_kernels
+from benchmarks.gpu.peers import Unavailable
+from benchmarks.gpu.workloads import Workload, as_tuple, races, upstream
+from megalite_kernels.dispatch import recording_choices
 
 Item = tuple[str, Callable[[], dict[str, Any]]]
+Function = Callable[..., Any]
+Turn = Callable[["Workload", Function, list[Tensor]], Callable[[], Action]]
 
 
 def items(device: torch.device) -> Iterator[Item]:
@@ -27,20 +31,21 @@ def items(device: torch.device) -> Iterator[Item]:
 def run(workload: Workload, clock: Clock) -> dict[str, Any]:
     """Times in seconds by direction and contender, peak bytes, cost, and who was left out and why."""
     inputs = workload.inputs()
-    contenders, left_out = _contenders(workload, inputs, clock.is_real)
-    seconds = {"forward": clock.race({n: _forward(workload, f, inputs) for n, f in contenders.items()})}
-    if workload.backward is not None:
-        seconds["backward"] = clock.race(
-            {n: _backward(workload, f, inputs) for n, f in contenders.items()}
-        )
-    peak = {name: clock.peak_bytes(_both(workload, function, inputs)) for name, function in contenders.items()}
-    del inputs, contenders
-    gc.collect()
-    costs = {"forward": workload.forward, "backward": workload.backward}
+    directions = {name: _TURNS[name] for name in workload.directions}
+    with recording_choices() as asked:
+        workload.implementation(TORCH)(*workload.leaves(inputs))
+    contenders, left_out = _contenders(workload, inputs, directions, clock.device)
+    seconds = {
+        name: clock.race({who: turn(workload, f, inputs) for who, f in contenders.items()})
+        for name, turn in directions.items()
+    }
+    whole = _both if workload.has_backward else _forward
+    peak = {who: clock.peak_bytes(_once(whole(workload, f, inputs))) for who, f in contenders.items()}
+    operation, variant = asked[0]
     return {
-        "operation": workload.operation,
-        "variant": workload.variant,
-        "cost": {name: cost._asdict() for name, cost in costs.items() if cost is not None},
+        "operation": operation,
+        "variant": variant,
+        "cost": {n: c._asdict() for n, c in zip(directions, workload.cost(*inputs), strict=True)},
         "seconds": seconds,
         "peak_bytes": peak,
         "left_out": left_out,
@@ -48,21 +53,20 @@ def run(workload: Workload, clock: Clock) -> dict[str, Any]:
 
 
 def _contenders(
-    workload: Workload, inputs: list[torch.Tensor], is_real: bool
-) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+    workload: Workload, inputs: list[Tensor], directions: Mapping[str, Turn], device: torch.device
+) -> tuple[dict[str, Function], dict[str, str]]:
     """Ours, torch's and those of the peers that are here and take this workload.
 
     A failure of ours is raised: it is a finding. One of a peer's is a reason to leave it out.
     """
-    found = {name: workload.implementation(name) for name in (OURS, TORCH)}
-    if not is_real:
-        found = {TORCH: found[TORCH]}
+    names = (OURS, TORCH) if can_run_kernels(device) else (TORCH,)
+    found = {name: workload.implementation(name) for name in names}
     left_out = {}
     for name, build in workload.peers.items():
         try:
             function = build()
-            for direction in (_forward, _backward) if workload.backward is not None else (_forward,):
-                direction(workload, function, inputs)()()
+            for turn in directions.values():
+                turn(workload, function, inputs)()()
             found[name] = function
         except Unavailable as error:
             left_out[name] = str(error)
@@ -73,26 +77,41 @@ def _contenders(
     return found, left_out
 
 
-def _forward(workload: Workload, function: Callable[..., Any], inputs: list[torch.Tensor]) -> Callable[[], Action]:
+def _once(prepare: Callable[[], Action]) -> Action:
+    return lambda: prepare()()
+
+
+def _forward(workload: Workload, function: Function, inputs: list[Tensor]) -> Callable[[], Action]:
     def prepare() -> Action:
-        ready = leaves(workload, inputs)
+        ready = workload.leaves(inputs)
         return lambda: function(*ready)
 
     return prepare
 
 
-def _backward(workload: Workload, function: Callable[..., Any], inputs: list[torch.Tensor]) -> Callable[[], Action]:
+def _backward(workload: Workload, function: Function, inputs: list[Tensor]) -> Callable[[], Action]:
     def prepare() -> Action:
-        ready = leaves(workload, inputs)
+        ready = workload.leaves(inputs)
         outputs = [y for y in as_tuple(function(*ready)) if y.requires_grad]
         wanted = [x for x in ready if x.requires_grad]
         grads = upstream(outputs)
-        return lambda: torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
+        return lambda: torch.autograd.grad(outputs, wanted, grads)
 
     return prepare
 
 
-def _both(workload: Workload, function: Callable[..., Any], inputs: list[torch.Tensor]) -> Action:
-    if workload.backward is None:
-        return lambda: _forward(workload, function, inputs)()()
-    return lambda: _backward(workload, function, inputs)()()
+def _both(workload: Workload, function: Function, inputs: list[Tensor]) -> Callable[[], Action]:
+    def prepare() -> Action:
+        ready = workload.leaves(inputs)
+        wanted = [x for x in ready if x.requires_grad]
+
+        def action() -> object:
+            outputs = [y for y in as_tuple(function(*ready)) if y.requires_grad]
+            return torch.autograd.grad(outputs, wanted, upstream(outputs))
+
+        return action
+
+    return prepare
+
+
+_TURNS: dict[str, Turn] = {"forward": _forward, "backward": _backward, "both": _both}

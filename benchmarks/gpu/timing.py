@@ -10,11 +10,18 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from megalite_kernels.dispatch import is_interpreted
+
 REPEATS = 30
 _SCRUB_BYTES = 2**28  # several times the largest L2 cache
 _HEAD_START_CYCLES = 1_000_000  # half a millisecond, in which the CPU queues what is timed
 
 Action = Callable[[], object]
+
+
+def can_run_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels run here: compiled, or in a rehearsal interpreted."""
+    return device.type == "cuda" or is_interpreted()
 
 
 class Clock:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.gpu.timing import can_run_kernels
+
 Item = tuple[str, Callable[[], dict[str, Any]]]
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +36,8 @@ class Size(NamedTuple):
 
 def step_items(device: torch.device) -> Iterator[Item]:
     """Every model with kernels on and off; then the same compiled."""
-    for compiled, model, kernels in product((False, True), _MODELS, ("triton", "torch")):
+    implementations = ("triton", "torch") if can_run_kernels(device) else ("torch",)
+    for compiled, model, kernels in product((False, True), _MODELS, implementations):
         name = f"step/{model}/{'compiled' if compiled else 'eager'}/{kernels}"
         yield name, lambda m=model, k=kernels, c=compiled: measure(m, k, c, device)  # type: ignore[misc]
 
@@ -192,7 +195,7 @@ def converge(device: torch.device) -> dict[str, Any]:
     is_real = device.type == "cuda"
     steps, batch, seq = (200, 16, 1024) if is_real else (3, 2, 32)
     text = _text(steps * batch * (seq + 1))
-    implementations = ("reference", "torch", "triton") if is_real else ("reference", "torch")
+    implementations = ("reference", "torch", *(("triton",) if can_run_kernels(device) else ()))
     losses: dict[str, list[float]] = {}
     for name in implementations:
         os.environ["MEGALITE_KERNELS"] = name

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.gpu.workloads import Workload, as_tuple, checked, far, leaves, small, upstream
-from megalite_kernels.dispatch import is_interpreted
+from benchmarks.gpu.timing import can_run_kernels
+from benchmarks.gpu.workloads import Workload, as_tuple, checked, far, small, upstream
 
 Result = dict[str, Any]
 Item = tuple[str, Callable[[], Result]]
@@ -47,19 +47,24 @@ def _each(check: str, function: Callable[[Workload], Result], workloads: Iterato
 
 def ours(workload: Workload) -> Callable[..., Any]:
     """The kernels, or in a rehearsal without an interpreter torch's code."""
-    can_run = torch.cuda.is_available() or is_interpreted()
-    return workload.implementation("triton" if can_run else "torch")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return workload.implementation("triton" if can_run_kernels(device) else "torch")
 
 
-def results(workload: Workload, function: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
+def results(
+    workload: Workload,
+    function: Callable[..., Any],
+    inputs: list[Tensor],
+    draw: Callable[[list[Tensor]], list[Tensor]] = upstream,
+) -> list[Tensor]:
     """Outputs, and the gradients of the inputs for a fixed gradient of the outputs."""
-    ready = leaves(workload, inputs)
+    ready = workload.leaves(inputs)
     outputs = as_tuple(function(*ready))
     found = [y.detach() for y in outputs]
-    if workload.backward is not None:
+    if workload.has_backward:
         differentiable = [y for y in outputs if y.requires_grad]
         wanted = [x for x in ready if x.requires_grad]
-        found += torch.autograd.grad(differentiable, wanted, upstream(differentiable))
+        found += torch.autograd.grad(differentiable, wanted, draw(differentiable))
     return found
 
 
@@ -101,7 +106,7 @@ def is_same_far_away(workload: Workload) -> Result:
     inputs, function = workload.inputs(), ours(workload)
     tail = [x[-_TAIL:].clone() if i in workload.rows else x for i, x in enumerate(inputs)]
     rows = inputs[workload.rows[0]].shape[0]
-    whole, alone = (results(workload, function, given) for given in (inputs, tail))
+    whole, alone = (results(workload, function, given, _same_for_each_row) for given in (inputs, tail))
     compared = 0
     for a, b in zip(whole, alone, strict=True):
         if a.dim() and a.shape[0] == rows:
@@ -109,6 +114,11 @@ def is_same_far_away(workload: Workload) -> Result:
             if not _same_bits(a[-_TAIL:], b):
                 return {"passed": False, "why": f"{(a[-_TAIL:] != b).sum()} elements differ"}
     return {"passed": compared > 0, "why": "nothing to compare"}
+
+
+def _same_for_each_row(outputs: list[Tensor]) -> list[Tensor]:
+    """A gradient that a row has wherever it lies."""
+    return [g.expand_as(y).contiguous() for g, y in zip(upstream([y[:1] if y.dim() else y for y in outputs]), outputs, strict=True)]
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
