@@ -1,24 +1,60 @@
-"""Causal self-attention with documents, grouped heads and a sliding window.
+"""Attention with documents, grouped heads and a sliding window.
 
-On CPU the queries are taken in blocks and each block meets exactly the keys it may see, as batched
-matrix products around one softmax over whole rows. With every row complete there is no online
-rescaling, and the triangle above the diagonal is never computed. That is 2–3 times faster in bf16
-than torch's CPU flash attention, which remains the check. Elsewhere torch's
-`scaled_dot_product_attention` runs.
+On CUDA our Triton kernel where it was measured to be faster, else torch's `scaled_dot_product_attention`
+(SDPA); on CPU blocks of queries. What a query sees is one span of keys, see `key_spans`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import nullcontext
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megalite_kernels.attention_cpu import attention_cpu
+from megalite_kernels.cost import Cost
 from megalite_kernels.dispatch import Impl, resolve
+
+# Fastest first: on Hopper cuDNN's kernel is about twice as fast as the others for plain causal masks.
+_SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    doc_starts: Tensor | None = None,
+    window: int = 0,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    impl: Impl = "auto",
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    doc_starts: Tensor | None = None,
+    window: int = 0,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -26,324 +62,175 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    causal: bool = True,
     doc_starts: Tensor | None = None,
     window: int = 0,
     scale: float | None = None,
+    return_lse: bool = False,
     impl: Impl = "auto",
-) -> Tensor:
-    """Softmax attention of each query over the keys before it, itself included.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of each query over the keys it sees.
 
     o[b, i, h] = Σ_j softmax_j(scale · q[b, i, h] · k[b, j, h / group]) · v[b, j, h / group]
-    over the j with max(doc_starts[b, i], i - window + 1) ≤ j ≤ i. With fewer queries than keys (a
-    KV cache) the queries are the last positions.
+    lse[b, h, i] = ln Σ_j exp(scale · q[b, i, h] · k[b, j, h / group])
+    Causal queries see the j with max(doc_starts[b, i], i - window + 1) ≤ j ≤ i, others all of their
+    document with |i - j| < window. window=0 sets no limit. With fewer queries than keys (a KV cache) the
+    queries are the last positions. Gradients flow through both results.
 
     Shapes:  q [batch, queries, heads, head_dim]; k, v [batch, keys, kv_heads, head_dim];
-             doc_starts [batch, queries] integer, the first key of each query's document, never
-             decreasing along a row; returns [batch, queries, heads, head_dim]
-    Raises:  ValueError if heads is not a multiple of kv_heads or there are more queries than keys
+             doc_starts [batch, queries] integer, the first key of each query's document, at most the
+             query's own place and never decreasing along a row; returns o [batch, queries, heads,
+             head_dim] or, with return_lse, (o, lse [batch, heads, queries] in at least fp32)
+    Raises:  ValueError for shapes that do not fit, scale ≤ 0 or window < 0
     Source:  Vaswani et al. 2017, eq. 1; Ainslie et al. 2023 (grouped heads)
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    _check(q, k, v, doc_starts, window, scale)
+    chosen = resolve(impl, "attention", q, _variant(q, k, causal, doc_starts, window))
+    if chosen == "triton":
+        from megalite_kernels.gpu.attention import attention_forward
+
+        low = high = None
+        if doc_starts is not None:
+            low, high = key_spans(q, k, causal=causal, doc_starts=doc_starts, window=window)
+        result: tuple[Tensor, Tensor] = attention_forward(q, k, v, low, high, causal, window, scale)
+        return result if return_lse else result[0]
+    if chosen == "reference" or return_lse:
+        options = {"causal": causal, "doc_starts": doc_starts, "window": window, "scale": scale}
+        if chosen == "torch":  # torch gives no log-sum-exp with a gradient
+            wide = torch.promote_types(q.dtype, torch.float32)
+            o, lse = attention_reference(q.to(wide), k.to(wide), v.to(wide), **options)
+        else:
+            o, lse = attention_reference(q, k, v, **options)
+        return (o.to(q.dtype), lse) if return_lse else o
+    if causal and q.device.type == "cpu" and q.shape[1] == k.shape[1] and q.shape[1] > 1:
+        return attention_cpu(q, k, v, doc_starts, window, scale)
+    return _attention_sdpa(q, k, v, causal, doc_starts, window, scale)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, doc_starts: Tensor | None, window: int, scale: float) -> None:
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"{q.shape[1]} queries but only {k.shape[1]} keys")
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if resolve(impl, "attention", q) == "reference":
-        return attention_reference(q, k, v, doc_starts=doc_starts, window=window, scale=scale)
-    if q.device.type == "cpu" and q.shape[1] == k.shape[1] and q.shape[1] > 1:
-        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-        # A copy in the layout the blocks read, so that saving it for backward does not keep the
-        # whole fused projection that v is usually a slice of.
-        v = v.transpose(1, 2).contiguous().transpose(1, 2)
-        # As one operator where somebody looks at operators: torch.compile, or a dispatch mode such as
-        # selective recompute. Elsewhere as a plain function: calling a Python operator makes torch
-        # import its compiler, a second of start-up and a tenth of a gigabyte.
-        is_watched = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-        call: Callable[..., tuple[Tensor, Tensor]] = _attention_cpu if is_watched else _AttentionCPU.apply
-        output: Tensor = call(q, k, v, doc_starts, window, scale, keep)[0]
-        return output
-    return _attention_sdpa(q, k, v, doc_starts, window, scale)
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: k and v must be alike, and share "
+            "batch and head_dim with q"
+        )
+    if doc_starts is not None and doc_starts.shape != q.shape[:2]:
+        raise ValueError(f"doc_starts is {tuple(doc_starts.shape)}; one for each of {tuple(q.shape[:2])} queries")
+    if scale <= 0:
+        raise ValueError(f"scale={scale}; it must be positive")
+    if window < 0:
+        raise ValueError(f"window={window}; use 0 for none or a number of keys")
+
+
+def _variant(q: Tensor, k: Tensor, causal: bool, doc_starts: Tensor | None, window: int) -> str:
+    """The name of a case in the table of measured choices: "d128/causal".
+
+    d is the padded head dim, 64, 128, 256 and so on; then "cache" with fewer queries than keys, else "doc"
+    with documents, else "window", else "causal" or "full".
+    """
+    dim = max(1 << (q.shape[3] - 1).bit_length(), 64)
+    kind = "causal" if causal else "full"
+    if window:
+        kind = "window"
+    if doc_starts is not None:
+        kind = "doc"
+    if q.shape[1] < k.shape[1]:
+        kind = "cache"
+    return f"d{dim}/{kind}"
+
+
+def key_spans(
+    q: Tensor, k: Tensor, *, causal: bool, doc_starts: Tensor | None, window: int
+) -> tuple[Tensor, Tensor]:
+    """The keys [low, high) that each query sees; int32 [batch or 1, queries] each, never decreasing.
+
+    Nothing waits for the device.
+    """
+    queries, keys = q.shape[1], k.shape[1]
+    position = torch.arange(keys - queries, keys, dtype=torch.int32, device=q.device)[None]
+    low, high = torch.zeros_like(position), torch.full_like(position, keys)
+    if window:
+        low, high = (position - window + 1).clamp(min=0), (position + window).clamp(max=keys)
+    if doc_starts is not None:
+        low = torch.maximum(low, doc_starts.int())
+        if not causal:
+            # A document ends where the first query of another one says that it starts.
+            starts = doc_starts.int().contiguous()
+            following = torch.searchsorted(starts, starts, right=True)
+            ends = F.pad(starts, (0, 1), value=keys).gather(1, following)
+            high = torch.minimum(high, ends)
+    if causal:
+        high = (position + 1).expand_as(low)
+    return low.contiguous(), high.contiguous()
+
+
+def doc_starts_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The doc_starts of one packed row of `tokens`; nothing waits for the device.
+
+    Shapes:  cu_seqlens [documents + 1] integer, where each document starts and the last one ends (what
+             follows counts as one more); returns int32 [1, tokens]
+    """
+    place = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return cu_seqlens[torch.searchsorted(cu_seqlens, place, right=True) - 1].int()[None]
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, *, doc_starts: Tensor | None, window: int, scale: float
-) -> Tensor:
-    """`attention` as its formula reads, all scores at once, in the inputs' own precision."""
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, doc_starts: Tensor | None, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`attention` with its log-sum-exp as the formulas read, all scores at once, in the inputs' precision."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
-    scores = scores.masked_fill(~_visible(q, k, doc_starts, window), float("-inf"))
-    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+    visible = _visible(q, k, causal, doc_starts, window)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v), lse
 
 
-def _visible(q: Tensor, k: Tensor, doc_starts: Tensor | None, window: int) -> Tensor:
+def _visible(q: Tensor, k: Tensor, causal: bool, doc_starts: Tensor | None, window: int) -> Tensor:
     """Which keys each query sees; bool [batch or 1, 1, queries, keys]."""
-    queries, keys = q.shape[1], k.shape[1]
-    i = torch.arange(keys - queries, keys, device=q.device)[:, None]
-    j = torch.arange(keys, device=q.device)
-    visible = (j <= i)[None, None]
-    if window:
-        visible = visible & (j > i - window)
-    if doc_starts is not None:
-        visible = visible & (j >= doc_starts[:, None, :, None])
-    return visible
+    low, high = key_spans(q, k, causal=causal, doc_starts=doc_starts, window=window)
+    j = torch.arange(k.shape[1], device=q.device)
+    return ((j >= low[..., None]) & (j < high[..., None]))[:, None]
 
 
 def _attention_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, doc_starts: Tensor | None, window: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, doc_starts: Tensor | None, window: int, scale: float
 ) -> Tensor:
-    plain_causal = doc_starts is None and not window and q.shape[1] == k.shape[1]
-    output = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=None if plain_causal else _visible(q, k, doc_starts, window),
-        is_causal=plain_causal,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return output.transpose(1, 2)
+    is_plain = doc_starts is None and not window and (not causal or q.shape[1] == k.shape[1])
+    # A dense mask leaves few backends to choose from; torch takes the best of them.
+    with sdpa_kernel(_SDPA_ORDER, set_priority=True) if is_plain else nullcontext():
+        o = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)),
+            attn_mask=None if is_plain else _visible(q, k, causal, doc_starts, window),
+            is_causal=is_plain and causal,
+            scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+    return o.transpose(1, 2)
 
 
-# --- CPU: blocks of queries -------------------------------------------------------------------
-#
-# Inside, a tensor is [batch · kv_heads, group, seq, head_dim]: the query heads that share a key
-# head lie side by side, so one matrix product serves the whole group and sums its key gradients.
+def attention_cost(
+    q: Tensor, k: Tensor, *, causal: bool = True, visible: int | None = None
+) -> tuple[Cost, Cost]:
+    """The least work of `attention` forward (with its log-sum-exp) and backward on inputs like these.
 
-
-_BLOCK = 128  # queries: fewer waste time in small products, more in the masked triangle
-
-
-def _probability_count(heads: int, seq: int) -> int:
-    widths = (min(start + _BLOCK, seq) for start in range(0, seq, _BLOCK))
-    return heads * sum((stop - (stop - 1) // _BLOCK * _BLOCK) * stop for stop in widths)
-
-
-def _keeps_probabilities(seq: int, head_dim: int, heads: int, kv_heads: int) -> bool:
-    """Whether to save the probabilities for backward: while they are at most three times q, k, v and o.
-
-    Computing them again takes a fifth of the whole operation's time.
+    flops: 4 · visible · heads · head_dim forward (two products) and 10 backward (five); bytes: forward
+    reads q, k, v and writes o and lse; backward reads q, k, v, o, do, lse and writes dq, dk, dv.
+    `visible` counts the (query, key) pairs that see each other, over all rows of the batch; by default
+    those without documents and window.
     """
-    return _probability_count(heads, seq) <= 3 * seq * head_dim * (2 * heads + 2 * kv_heads)
-
-
-class _Blocks:
-    """The query blocks of one call: their key ranges and their masks.
-
-    Iterating gives (query slice, key slice); `mask` then hides what a block must not see.
-    """
-
-    def __init__(self, batch: int, seq: int, doc_starts: Tensor | None, window: int, dtype: torch.dtype):
-        self.batch, self.seq, self.window = batch, seq, window
-        self.doc_starts = doc_starts
-        # Whether any document starts after the first one of a block decides if a mask is needed;
-        # one trip to Python for the whole call, not one a block.
-        self.first = [0] * (seq + 1) if doc_starts is None else doc_starts.amin(0).tolist()
-        self.last = self.first if doc_starts is None else doc_starts.amax(0).tolist()
-        self.triangle = torch.full((_BLOCK, _BLOCK), float("-inf"), dtype=dtype).triu_(1)
-
-    def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        for start in range(0, self.seq, _BLOCK):
-            stop = min(start + _BLOCK, self.seq)
-            low = max(self.first[start], start - self.window + 1 if self.window else 0, 0)
-            yield slice(start, stop), slice(low, stop)
-
-    def mask_(self, scores: Tensor, queries: slice, keys: slice) -> None:
-        """Set what the queries must not see to -inf; scores [batch·kv_heads, group·queries, keys]."""
-        count, width = queries.stop - queries.start, keys.stop - keys.start
-        scores = scores.view(scores.shape[0], -1, count, width)
-        scores[..., width - count :] += self.triangle[:count, :count]
-        j = torch.arange(keys.start, keys.stop)
-        if self.window and queries.stop - 1 - keys.start >= self.window:
-            i = torch.arange(queries.start, queries.stop)[:, None]
-            scores.masked_fill_(j <= i - self.window, float("-inf"))
-        if self.doc_starts is not None and self.last[queries.stop - 1] > keys.start:
-            hidden = j < self.doc_starts[:, queries, None]
-            by_row = scores.view(self.batch, -1, *scores.shape[1:])
-            by_row.masked_fill_(hidden[:, None, None], float("-inf"))
-
-
-def _area(queries: slice, keys: slice) -> int:
-    return int((queries.stop - queries.start) * (keys.stop - keys.start))
-
-
-def _grouped(x: Tensor, kv_heads: int) -> Tensor:
-    """[batch, seq, heads, d] → [batch·kv_heads, group, seq, d], contiguous."""
-    batch, seq, heads, head_dim = x.shape
-    return x.transpose(1, 2).reshape(batch * kv_heads, heads // kv_heads, seq, head_dim)
-
-
-def _ungrouped(x: Tensor, batch: int) -> Tensor:
-    """[batch·kv_heads, group, seq, d] → [batch, seq, heads, d], a view."""
-    return x.view(batch, -1, *x.shape[-2:]).transpose(1, 2)
-
-
-def _forward_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    doc_starts: Tensor | None,
-    window: int,
-    scale: float,
-    needs_backward: bool,
-) -> tuple[Tensor, Tensor]:
-    """Returns the output [batch, seq, heads, d] and the kept probabilities, flat (or empty)."""
-    batch, seq, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    keep = needs_backward and _keeps_probabilities(seq, head_dim, heads, kv_heads)
-    kept = q.new_empty(batch * _probability_count(heads, seq) if keep else 0)
-    q, k, v = _grouped(q, kv_heads), _grouped(k, kv_heads)[:, 0], _grouped(v, kv_heads)[:, 0]
-    output = q.new_empty(batch, seq, heads, head_dim)
-    blocks = _Blocks(batch, seq, doc_starts, window, q.dtype)
-    used = 0
-    for queries, keys in blocks:
-        scaled = _rows(q, queries) * scale
-        shape = (*scaled.shape[:2], keys.stop - keys.start)
-        size = math.prod(shape)
-        p = kept[used : used + size].view(shape) if keep else None
-        used += size
-        p = _probabilities(scaled, k[:, keys], blocks, queries, keys, out=p)
-        o = torch.bmm(p, v[:, keys]).view(q.shape[0], -1, queries.stop - queries.start, head_dim)
-        output[:, queries] = _ungrouped(o, batch)
-    return output, kept
-
-
-def _rows(x: Tensor, queries: slice) -> Tensor:
-    """[batch·kv_heads, group, seq, d] → [batch·kv_heads, group·queries, d]."""
-    return x[:, :, queries].reshape(x.shape[0], -1, x.shape[-1])
-
-
-def _probabilities(
-    scaled: Tensor, k: Tensor, blocks: _Blocks, queries: slice, keys: slice, out: Tensor | None = None
-) -> Tensor:
-    scores = torch.bmm(scaled, k.transpose(1, 2))
-    blocks.mask_(scores, queries, keys)
-    p: Tensor = torch.softmax(scores, -1, out=out)
-    return p
-
-
-_attention_cpu = torch.library.custom_op("megalite::attention_cpu", _forward_cpu, mutates_args=())
-
-
-@_attention_cpu.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    doc_starts: Tensor | None,
-    window: int,
-    scale: float,
-    needs_backward: bool,
-) -> tuple[Tensor, Tensor]:
-    batch, seq, heads, head_dim = q.shape
-    keep = needs_backward and _keeps_probabilities(seq, head_dim, heads, k.shape[2])
-    kept = q.new_empty(batch * _probability_count(heads, seq) if keep else 0)
-    return q.new_empty(q.shape), kept
-
-
-def _backward_cpu(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kept: Tensor,
-    doc_starts: Tensor | None,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, in their shapes.
-
-    dV = Pᵀ dO;  dP = dO Vᵀ;  dS = P ∘ (dP - rowsum(P ∘ dP));  dQ = scale dS K;  dK = scale dSᵀ Q
-    Keys meet several query blocks, so their gradients are summed in at least fp32.
-    """
-    batch, seq, kv_heads = q.shape[0], q.shape[1], k.shape[2]
-    q, k, v = _grouped(q, kv_heads), _grouped(k, kv_heads)[:, 0], _grouped(v, kv_heads)[:, 0]
-    sum_dtype = torch.promote_types(q.dtype, torch.float32)
-    dq = torch.empty_like(q)
-    dk, dv = torch.empty_like(k, dtype=sum_dtype), torch.empty_like(v, dtype=sum_dtype)
-    blocks = _Blocks(batch, seq, doc_starts, window, q.dtype)
-    # Backwards, since the last block sees the most keys: its sums are stored, not added to zeros.
-    stored, used = seq, sum(q.shape[0] * q.shape[1] * _area(*place) for place in blocks)
-    for queries, keys in reversed(list(blocks)):
-        scaled = _rows(q, queries) * scale
-        do = _grouped(grad[:, queries], kv_heads).reshape(scaled.shape)
-        if kept.numel():
-            shape = (*scaled.shape[:2], keys.stop - keys.start)
-            used -= math.prod(shape)
-            p = kept[used : used + math.prod(shape)].view(shape)
-        else:
-            p = _probabilities(scaled, k[:, keys], blocks, queries, keys)
-        _add_keys(dv, torch.bmm(p.transpose(1, 2), do), keys, stored)
-        dp = torch.bmm(do, v[:, keys].transpose(1, 2))
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-        target = dq[:, :, queries]
-        torch.mul(torch.bmm(ds, k[:, keys]).view(target.shape), scale, out=target)
-        _add_keys(dk, torch.bmm(ds.transpose(1, 2), scaled), keys, stored)
-        stored = min(stored, keys.start)
-    return (
-        _ungrouped(dq, batch),
-        _ungrouped(dk.to(k.dtype)[:, None], batch),
-        _ungrouped(dv.to(v.dtype)[:, None], batch),
-    )
-
-
-def _add_keys(total: Tensor, part: Tensor, keys: slice, stored: int) -> None:
-    """total[:, keys] += part, where keys before `stored` hold nothing yet; [batch·kv_heads, keys, d]."""
-    fresh = max(min(stored, keys.stop) - keys.start, 0)
-    total[:, keys.start : keys.start + fresh] = part[:, :fresh]
-    if fresh < part.shape[1]:
-        total[:, keys.start + fresh : keys.stop] += part[:, fresh:]
-
-
-_attention_cpu_backward = torch.library.custom_op(
-    "megalite::attention_cpu_backward", _backward_cpu, mutates_args=()
-)
-
-
-@_attention_cpu_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kept: Tensor,
-    doc_starts: Tensor | None,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    def heads_first(x: Tensor) -> Tensor:
-        return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-    return heads_first(q), heads_first(k), heads_first(v)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, doc_starts, ctx.window, ctx.scale, _ = inputs
-    ctx.save_for_backward(q, k, v, output[1], doc_starts)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, kept, doc_starts = ctx.saved_tensors
-    dq, dk, dv = _attention_cpu_backward(grad, q, k, v, kept, doc_starts, ctx.window, ctx.scale)
-    return dq, dk, dv, None, None, None, None
-
-
-_attention_cpu.register_autograd(_backward, setup_context=_save)
-
-
-class _AttentionCPU(torch.autograd.Function):
-    """The same two functions without the operator around them."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _forward_cpu(*inputs)
-        _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[1])
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, kept, doc_starts = ctx.saved_tensors
-        dq, dk, dv = _backward_cpu(grads[0], q, k, v, kept, doc_starts, ctx.window, ctx.scale)
-        return dq, dk, dv, None, None, None, None
+    batch, queries, heads, head_dim = q.shape
+    if visible is None:
+        hidden = queries * (queries - 1) // 2 if causal else 0
+        visible = batch * (queries * k.shape[1] - hidden)
+    product = 2 * visible * heads * head_dim
+    lse = 4 * batch * heads * queries
+    q_bytes, k_bytes = q.numel() * q.element_size(), k.numel() * k.element_size()
+    forward = Cost(2 * product, 2 * q_bytes + 2 * k_bytes + lse)
+    backward = Cost(5 * product, 4 * q_bytes + 4 * k_bytes + lse)
+    return forward, backward

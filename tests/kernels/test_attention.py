@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megalite_kernels import attention
-from megalite_kernels.attention import _attention_cpu, _attention_cpu_backward, _keeps_probabilities
+from megalite_kernels.attention_cpu import _attention_cpu, _attention_cpu_backward, _keeps_probabilities
 from tests.kernels.helpers import assert_as_exact_as_torch, assert_same, peak_bytes, random
 
 # (batch, seq, heads, kv_heads, head_dim): one block of queries, its edges, several blocks
