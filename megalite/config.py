@@ -206,10 +206,19 @@ class TrainConfig(Section):
         "none",
         description="activations computed again in backward: none, all but GEMMs and attention, whole blocks",
     )
-    loss_chunk_tokens: int = Field(512, gt=0, description="tokens whose logits exist at once in the loss")
+    loss_chunk_mib: float | None = Field(
+        None,
+        gt=0,
+        description="MiB of logits that exist at once, over tp; by default 1024 on a GPU, on CPU 32",
+    )
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition (PaLM: 1e-4)")
     eval_every_steps: int = Field(0, ge=0, description="validate every n steps and at the end; 0 never")
     eval_samples: int = Field(64, gt=0, description="validation samples, the same each time")
+
+    @property
+    def loss_chunk_bytes(self) -> int | None:
+        """`loss_chunk_mib` in bytes."""
+        return None if self.loss_chunk_mib is None else int(self.loss_chunk_mib * 2**20)
 
 
 class CheckpointConfig(Section):

@@ -181,7 +181,7 @@ def test_a_batch_that_does_not_divide_by_the_processes(tmp_path: Path) -> None:
 def test_every_key_is_described() -> None:
     text = describe_keys()
     assert "None\n" not in text
-    for key in ("model.rope_theta", "mesh.zero_stage", "train.loss_chunk_tokens", "log.every_steps"):
+    for key in ("model.rope_theta", "mesh.zero_stage", "train.loss_chunk_mib", "log.every_steps"):
         assert key in text
 
 

@@ -7,12 +7,14 @@ torch alone and knows nothing of the trainer.
 
 from megalite_kernels.adamw import adamw_
 from megalite_kernels.attention import attention
+from megalite_kernels.cross_entropy import VocabShard, cross_entropy_
 from megalite_kernels.dropout import dropout
 from megalite_kernels.embedding import embedding
-from megalite_kernels.linear_cross_entropy import VocabShard, linear_cross_entropy
+from megalite_kernels.linear_cross_entropy import linear_cross_entropy
 from megalite_kernels.mlp import gelu, swiglu
 from megalite_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from megalite_kernels.rope import rope
+from megalite_kernels.sum_of_squares import sum_of_squares
 
 __all__ = [
     "VocabShard",
@@ -20,6 +22,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "cross_entropy_",
     "dropout",
     "embedding",
     "gelu",
@@ -27,5 +30,6 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "sum_of_squares",
     "swiglu",
 ]

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from megalite_kernels.cost import Cost
+from megalite_kernels.dispatch import Impl, resolve
+
 
 def adamw_(
     weight: Tensor,
@@ -19,31 +22,88 @@ def adamw_(
     eps: float,
     weight_decay: float,
     step: int,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
+    skip: Tensor | None = None,
+    rounded: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> None:
     """One AdamW step on `weight` and both moments, with decoupled decay.
 
     g ← grad_scale · g;  m ← β₁m + (1-β₁)g;  v ← β₂v + (1-β₂)g²
     w ← w - lr · (m/(1-β₁ᵗ) / (sqrt(v/(1-β₂ᵗ)) + ε) + λw)
-    `grad` may be left scaled.
+    `grad` may be left scaled. `rounded` gets the new weights in its dtype. If `skip` is not zero, nothing
+    is written at all; the host need not know.
 
-    Shapes:  all [n] fp32, 1-D and contiguous; `step` is t, counted from 1
+    Shapes:  all [n], 1-D and contiguous: weight and moments fp32; grad fp32, bf16 or fp16; rounded of any
+             dtype; skip, and grad_scale where it is a tensor, 0-dim; `step` is t, counted from 1
     Source:  Loshchilov and Hutter 2019, algorithm 2 (η = 1, decay scaled by lr as torch does)
     """
-    adamw(
-        [weight],
-        [grad],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [torch.tensor(float(step - 1), device=weight.device)],  # torch adds one before it uses it
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=False,
-        fused=True,
-        grad_scale=torch.tensor(1 / grad_scale, device=weight.device),  # torch divides by its scale
-    )
+    chosen = resolve(impl, "adamw", weight)
+    state = (weight, grad, exp_avg, exp_avg_sq)
+    if chosen == "triton":
+        from megalite_kernels.gpu.adamw import step as kernel
+
+        factor, scale = (1.0, grad_scale) if isinstance(grad_scale, Tensor) else (grad_scale, None)
+        settings = (lr, beta1, beta2, eps, weight_decay, 1 - beta1**step, 1 - beta2**step)
+        kernel(*state, rounded, skip, scale, factor, *settings)
+        return
+    if chosen == "reference":
+        new = adamw_reference(*state, lr, beta1, beta2, eps, weight_decay, step, grad_scale)
+        for tensor, value in zip((weight, exp_avg, exp_avg_sq), new, strict=True):
+            _write(tensor, value, skip)
+    else:
+        # Torch adds one to its step before it uses it, divides by its scale, and writes to the gradient.
+        if isinstance(grad_scale, Tensor):
+            inverse = grad_scale.float().reciprocal()
+        else:
+            inverse = torch.tensor(1 / grad_scale, device=weight.device)
+        adamw(
+            [weight],
+            [grad.to(weight.dtype)],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [torch.tensor(float(step - 1), device=weight.device)],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=False,
+            fused=True,
+            grad_scale=inverse,
+            found_inf=None if skip is None else skip.ne(0).float(),
+        )
+    if rounded is not None:
+        _write(rounded, weight, skip)
+
+
+def adamw_reference(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New weight and moments as the formula reads."""
+    g = grad_scale * grad.to(weight.dtype)
+    m = beta1 * exp_avg + (1 - beta1) * g
+    v = beta2 * exp_avg_sq + (1 - beta2) * g * g
+    update = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
+    return weight - lr * (update + weight_decay * weight), m, v
+
+
+def cost(size: int, grad_bytes: int = 4, rounded_bytes: int = 0) -> Cost:
+    """One step: weight and moments in fp32 read and written, the gradient read, the rounded copy written."""
+    return Cost(16 * size, (24 + grad_bytes + rounded_bytes) * size)
+
+
+def _write(tensor: Tensor, value: Tensor, skip: Tensor | None) -> None:
+    tensor.copy_(value if skip is None else tensor.where(skip != 0, value.to(tensor.dtype)))

@@ -283,7 +283,7 @@ class DeepSpeedEngine:
             None if batch.doc_starts is None else on_device(batch.doc_starts),
             dropout_keys=keys,
             z_loss=self.config.train.z_loss if training else 0.0,
-            chunk_tokens=self.config.train.loss_chunk_tokens,
+            chunk_bytes=self.config.train.loss_chunk_bytes,
         )
         return losses
 

@@ -145,7 +145,7 @@ class NativeEngine:
                 if stage != last_stage:
                     return x
                 z_loss = train.z_loss if is_training else 0.0
-                losses = self.model.stream_loss(x, labels, z_loss, train.loss_chunk_tokens)
+                losses = self.model.stream_loss(x, labels, z_loss, train.loss_chunk_bytes)
             if mesh.tp.rank == 0:  # its peers compute the same
                 sums.add_(torch.stack([losses.total.detach(), losses.z_loss, losses.tokens]))
             # A constant divisor: how many labels of the global batch are valid is only known once

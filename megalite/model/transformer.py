@@ -187,11 +187,11 @@ class Transformer(ShardedModule):
         *,
         dropout_keys: Tensor | None = None,
         z_loss: float = 0.0,
-        chunk_tokens: int = 512,
+        chunk_bytes: int | None = None,
     ) -> Losses:
         """Summed next-token losses; labels [batch, seq] with -100 where nothing is asked."""
         x = self._stream(tokens, positions, doc_starts, dropout_keys)
-        return self.stream_loss(x, labels, z_loss, chunk_tokens)
+        return self.stream_loss(x, labels, z_loss, chunk_bytes)
 
     def _stream(
         self,
@@ -246,15 +246,15 @@ class Transformer(ShardedModule):
             x = self._run(self.blocks[str(index)], (x, *shared, cache[index] if cache else None))
         return x
 
-    def stream_loss(self, x: Tensor, labels: Tensor, z_loss: float, chunk_tokens: int) -> Losses:
+    def stream_loss(self, x: Tensor, labels: Tensor, z_loss: float, chunk_bytes: int | None) -> Losses:
         """Summed next-token losses of the stream after the last block; labels as `loss` takes them."""
         total, z = linear_cross_entropy(
             self._finish(x),
             self.output_weight,
             labels.flatten(),
             z_loss=z_loss,
-            chunk_tokens=chunk_tokens,
-            vocab_shard=vocab_shard(self.first_id, self.tp),
+            chunk_bytes=chunk_bytes,
+            vocab_shard=vocab_shard(self.first_id, self.config.vocab_size, self.tp),
         )
         return Losses(total, z, (labels != -100).sum())
 

@@ -27,7 +27,8 @@ class Weights:
     """Storage of a model's parameters in the compute dtype.
 
     `master` is this rank's fp32 shard. Where the compute dtype is fp32 as well and the shard serves as it is,
-    no second copy is made.
+    no second copy is made. Where the shard is everything, `rounded` is it in the compute dtype, element for
+    element: whoever writes both has nothing to `publish`.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Weights:
         kept = [bucket for bucket in layout.buckets if not (gathers and bucket.decays)]
         low = min((bucket.start for bucket in kept), default=layout.size)
         flat = master if shares_master else torch.zeros(layout.size - low, dtype=dtype, device=master.device)
+        self.rounded = flat if layout.shard.size == 1 and not shares_master else None
         for bucket in layout.buckets:
             if bucket in kept:
                 self._whole[bucket.index] = flat[bucket.start - low : bucket.stop - low]

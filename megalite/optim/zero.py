@@ -29,9 +29,8 @@ from megalite.optim.gradients import Gradients
 from megalite.optim.weights import Weights
 from megalite.parallel.mesh import ALONE, Mesh
 from megalite.parallel.sharding import shard_specs
-from megalite_kernels import adamw_
+from megalite_kernels import adamw_, sum_of_squares
 
-_NORM_ROW = 4096  # elements summed in fp32 before float64 takes over
 STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
@@ -92,10 +91,7 @@ class ZeroOptimizer:
         gradients = self.gradients.shard_values
         total = torch.zeros((), dtype=torch.float64, device=gradients.device)
         for start, stop in ranges:
-            whole = start + (stop - start) // _NORM_ROW * _NORM_ROW
-            rows = torch.linalg.vector_norm(gradients[start:whole].view(-1, _NORM_ROW), dim=1)
-            rest = torch.linalg.vector_norm(gradients[whole:stop])
-            total += rows.double().square().sum() + rest.double().square()
+            total += sum_of_squares(gradients[start:stop])
         return total
 
     def step(self, lr: float, grad_scale: float) -> None:
@@ -103,6 +99,7 @@ class ZeroOptimizer:
         self.applied_steps += 1
         c = self.config
         split = self.layout.decayed
+        rounded = self.weights.rounded
         for part, decay in ((slice(0, split), c.weight_decay), (slice(split, None), 0.0)):
             if self.master[part].numel():
                 adamw_(
@@ -117,8 +114,10 @@ class ZeroOptimizer:
                     weight_decay=decay,
                     step=self.applied_steps,
                     grad_scale=grad_scale,
+                    rounded=None if rounded is None else rounded[part],
                 )
-        self.weights.publish()
+        if rounded is None:
+            self.weights.publish()
 
     # --- state ----------------------------------------------------------------------------------
 

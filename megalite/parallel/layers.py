@@ -106,14 +106,11 @@ def vocab_parallel_embedding(ids: Tensor, weight: Tensor, first_id: int, tp: Ten
     """
     if tp.axis.size == 1:
         return embedding(ids, weight)
-    local = ids - first_id
-    is_mine = (local >= 0) & (local < weight.shape[0])
-    mine = embedding(local.where(is_mine, 0), weight).masked_fill(~is_mine[:, None], 0.0)
-    y: Tensor = reduce_from_tp(mine, tp)
+    y: Tensor = reduce_from_tp(embedding(ids, weight, first_id), tp)
     return y
 
 
-def vocab_shard(first_id: int, tp: TensorParallel) -> VocabShard | None:
+def vocab_shard(first_id: int, vocab_size: int, tp: TensorParallel) -> VocabShard | None:
     """How `linear_cross_entropy` sees a vocabulary divided over the axis; None where it is not."""
     if tp.axis.size == 1:
         return None
@@ -121,7 +118,7 @@ def vocab_shard(first_id: int, tp: TensorParallel) -> VocabShard | None:
     def gather(stats: Tensor) -> Tensor:
         return _gather(stats[None], tp.axis)
 
-    return VocabShard(first_id, gather)
+    return VocabShard(first_id, vocab_size, gather)
 
 
 def qkv_spec(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 Operation = Callable[..., Tensor]
+Result = TypeVar("Result")
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -84,3 +88,31 @@ def _memory(action: Callable[[], object]) -> tuple[int, int]:
         held += event.nbytes()
         peak = max(peak, held)
     return held, peak
+
+
+def on_ranks(size: int, run: Callable[[int, Callable[[Tensor], Tensor]], Result]) -> list[Result]:
+    """`run(rank, gather)` of each rank, in threads that take turns; `gather` stacks what all of them pass."""
+    turn, meeting = threading.Lock(), threading.Barrier(size, timeout=60)
+    passed: list[Tensor] = [torch.empty(0)] * size
+
+    def on_rank(rank: int) -> Result:
+        def gather(mine: Tensor) -> Tensor:
+            passed[rank] = mine.clone()
+            turn.release()
+            try:
+                meeting.wait()
+                stacked = torch.stack(passed)
+                meeting.wait()  # before anyone passes the next
+            finally:
+                turn.acquire()
+            return stacked
+
+        with turn:
+            try:
+                return run(rank, gather)
+            except BaseException:
+                meeting.abort()
+                raise
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(on_rank, range(size)))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from megalite_kernels import adamw_
+from megalite_kernels.dispatch import Impl
 from tests.kernels.helpers import random
 
 SIZE, STEPS = 1000, 20
@@ -67,3 +70,49 @@ def test_a_shard_in_parts_is_the_shard() -> None:
     for low, high in ((0, 333), (333, 334), (334, SIZE)):
         adamw_(*(tensor[low:high] for tensor in parts), **SETTINGS, step=1)
     assert torch.equal(whole[0], parts[0])
+
+
+def _state() -> list[Tensor]:
+    """Weight, gradient and moments in float64."""
+    return [random(SIZE), random(SIZE, seed=1), random(SIZE, seed=2), random(SIZE, seed=3).square()]
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("flag", [True, 1, 3.0, torch.inf])
+def test_skip_writes_nothing(flag: float, impl: Impl) -> None:
+    state, rounded = [t.float() for t in _state()], random(SIZE, seed=4).bfloat16()
+    before = [t.clone() for t in (*state, rounded)]
+    options: dict[str, Any] = {**SETTINGS, "step": 2, "grad_scale": 3.0, "impl": impl, "rounded": rounded}
+    adamw_(*state, **options, skip=torch.tensor(flag))
+    assert all(map(torch.equal, (*state, rounded), before))
+    adamw_(*state, **options, skip=torch.zeros_like(torch.tensor(flag)))
+    assert not any(map(torch.equal, (state[0], *state[2:], rounded), (before[0], *before[2:])))
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_new_weights_are_rounded_into_the_copy(dtype: torch.dtype, impl: Impl) -> None:
+    state, rounded = [t.float() for t in _state()], torch.zeros(SIZE, dtype=dtype)
+    adamw_(*state, **SETTINGS, step=1, rounded=rounded, impl=impl)
+    assert torch.equal(rounded, state[0].to(dtype))
+
+
+def test_a_gradient_may_be_bf16_and_its_scale_a_tensor() -> None:
+    low, wide = ([t.float() for t in _state()] for _ in range(2))
+    low[1] = low[1].bfloat16()
+    wide[1] = low[1].float()
+    adamw_(*low, **SETTINGS, step=1, grad_scale=torch.tensor(0.25))
+    adamw_(*wide, **SETTINGS, step=1, grad_scale=0.25)
+    for found, wanted in zip((low[0], *low[2:]), (wide[0], *wide[2:]), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_torch_is_as_exact_as_the_formula() -> None:
+    exact = _state()
+    adamw_(*exact, **SETTINGS, step=7, impl="reference")
+    errors = []
+    for impl in ("torch", "reference"):
+        state = [t.float() for t in _state()]
+        adamw_(*state, **SETTINGS, step=7, impl=impl)
+        errors.append(max((a.double() - b).abs().max().item() for a, b in zip(state, exact, strict=True)))
+    assert errors[0] <= 2 * errors[1]

@@ -1,4 +1,4 @@
-"""Norms, activations, RoPE, embedding and the choice of implementation."""
+"""Norms, activations, RoPE and the choice of implementation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite_kernels import embedding, gelu, layer_norm, rms_norm, rope, swiglu
+from megalite_kernels import gelu, layer_norm, rms_norm, rope, swiglu
 from megalite_kernels.dispatch import resolve
 from tests.kernels.helpers import assert_as_exact_as_torch, assert_same, random, values_and_grads
 
@@ -127,30 +127,6 @@ def test_rope_is_a_complex_rotation() -> None:
     y = rope(x, angles.cos(), angles.sin())
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.exp(1j * angles)[:, :, None]
     torch.testing.assert_close(y, torch.cat((turned.real, turned.imag), -1), rtol=1e-12, atol=1e-12)
-
-
-def test_embedding_and_its_gradient() -> None:
-    weight = random(11, 6).requires_grad_()
-    ids = torch.tensor([[3, 3, 0], [10, 3, 5]])
-    grad = random(2, 3, 6, seed=1)
-    embedding(ids, weight).backward(grad)
-    expected = torch.zeros(11, 6, dtype=torch.float64).index_add_(0, ids.flatten(), grad.flatten(0, 1))
-    assert weight.grad is not None
-    torch.testing.assert_close(weight.grad, expected)
-    assert torch.equal(embedding(ids, weight), weight[ids])
-
-
-def test_embedding_gradient_of_bf16_is_summed_in_fp32() -> None:
-    weight = torch.zeros(3, 2, dtype=torch.bfloat16).requires_grad_()
-    weight.grad_dtype = None  # take the gradient in the dtype it arrives in
-    embedding(torch.ones(1000, dtype=torch.long), weight).sum().backward()
-    assert weight.grad is not None
-    assert weight.grad.dtype == torch.float32
-    assert weight.grad.tolist() == [[0, 0], [1000, 1000], [0, 0]]
-    naive = torch.zeros((), dtype=torch.bfloat16)
-    for _ in range(1000):
-        naive += 1
-    assert naive == 256  # what the sum would have been
 
 
 @pytest.mark.parametrize("operation", [partial(rms_norm, weight=torch.ones(8), eps=1e-5), swiglu, gelu])

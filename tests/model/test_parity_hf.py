@@ -42,7 +42,7 @@ def _check(
     hidden = ours(tokens, positions, doc_starts)
     assert_close(ours.logits(hidden)[valid], expected[valid], "logits")
     loss = F.cross_entropy(expected[valid], labels[valid], reduction="sum")
-    losses = ours.loss(tokens, labels, positions, doc_starts, chunk_tokens=48)
+    losses = ours.loss(tokens, labels, positions, doc_starts, chunk_bytes=20_000)
     assert_close(losses.total, loss, "loss", 1e-6)
     assert int(losses.tokens) == int(valid.sum())
     loss.backward()
@@ -111,7 +111,7 @@ def test_mean_loss_equals_transformers_own(name: str) -> None:
     theirs = tokens.masked_fill(torch.rand(tokens.shape) < 0.3, IGNORE)
     expected = reference(tokens, labels=theirs).loss  # shifts the labels itself
     labels = F.pad(theirs[:, 1:], (0, 1), value=IGNORE)
-    losses = ours.loss(tokens, labels, chunk_tokens=32)
+    losses = ours.loss(tokens, labels, chunk_bytes=20_000)
     assert_close(losses.total / losses.tokens, expected, "loss", 1e-6)
 
 

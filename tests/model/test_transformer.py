@@ -68,7 +68,7 @@ def _batch(rows: int = 2, seq: int = 70) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def _loss(model: Transformer) -> Tensor:
     keys = dropout_keys(7, torch.arange(2))
-    return model.loss(*_batch(), dropout_keys=keys, z_loss=1e-3, chunk_tokens=48).total
+    return model.loss(*_batch(), dropout_keys=keys, z_loss=1e-3, chunk_bytes=4 * 97 * 48).total
 
 
 @pytest.mark.parametrize("name", KINDS)

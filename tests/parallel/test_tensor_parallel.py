@@ -60,7 +60,7 @@ def _batch() -> dict[str, Any]:
         "doc_starts": doc_starts,
         "dropout_keys": dropout_keys(7, torch.arange(2)),
         "z_loss": 1e-2,
-        "chunk_tokens": 10,
+        "chunk_bytes": 8 * 101 * 10,
     }
 
 

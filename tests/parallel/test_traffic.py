@@ -63,7 +63,7 @@ def _config(n: int, micro_batches: int, tp: int = 1, **mesh: Any) -> Config:
                 "global_batch_size": MICRO * micro_batches * n // tp,
                 "micro_batch_size": MICRO,
                 "precision": "fp32",
-                "loss_chunk_tokens": 5,
+                "loss_chunk_mib": 4 * 101 * 5 / 2**20,
             },
         }
     )
