@@ -12,12 +12,26 @@ from torch import Tensor
 import megalite_kernels as ops
 from benchmarks.gpu import peers
 from benchmarks.gpu.workloads import Workload
+from megalite_kernels.adamw import adamw_reference
+from megalite_kernels.adamw import cost as adamw_cost
 from megalite_kernels.attention import attention_cost, attention_reference
 from megalite_kernels.cost import Cost
 from megalite_kernels.cross_entropy import Terms, cross_entropy_reference
 from megalite_kernels.cross_entropy import cost as cross_entropy_cost
+from megalite_kernels.embedding import cost as embedding_cost
+from megalite_kernels.embedding import embedding_reference
 from megalite_kernels.linear_cross_entropy import cost as linear_cross_entropy_cost
+from megalite_kernels.mlp import (
+    Activation,
+    activation_backward_cost,
+    activation_backward_reference,
+    activation_cost,
+    activation_reference,
+    linear_activation_cost,
+    linear_activation_reference,
+)
 from megalite_kernels.norm import layer_norm_reference, norm_cost, rms_norm_reference
+from megalite_kernels.sum_of_squares import cost as sum_of_squares_cost
 
 _EPS = 1e-5
 _ADAM: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 10}
@@ -110,6 +124,62 @@ class Maker:
                 | {"compiled": peers.compiled(lambda *x, reference=reference: _added(reference, *x))},
             )
 
+    def activation(self, tokens: int, ffn: int, activation: Activation) -> Workload:
+        """Elementwise, from the pre-activation."""
+        parts = 2 if activation == "swiglu" else 1
+
+        def run(impl: Any, pre: Tensor) -> Tensor:
+            if activation == "swiglu":
+                return ops.swiglu(pre, impl=impl)
+            return ops.gelu(pre, tanh=activation == "gelu_tanh", impl=impl)
+
+        def reference(pre: Tensor) -> Tensor:
+            return activation_reference(pre, activation)
+
+        return Workload(
+            self._name(activation, f"{tokens}x{ffn}"),
+            lambda: [self._normal(tokens, parts * ffn)],
+            run,
+            reference,
+            lambda x: _both_ways(activation_cost, tokens, ffn, x.dtype, activation=activation),
+            peers=(peers.swiglu() if activation == "swiglu" else {}) | {"compiled": peers.compiled(reference)},
+        )
+
+    def mlp(self, tokens: int, hidden: int, ffn: int, activation: Activation) -> Iterator[Workload]:
+        """The two GEMMs that may have the activation in their epilogue; they know no autograd."""
+        width = (2 if activation == "swiglu" else 1) * ffn
+        sizes = f"{tokens}x{hidden}x{ffn}"
+
+        def up(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return linear_activation_reference(x, weight, activation=activation)
+
+        def down(dy: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
+            return activation_backward_reference(dy, weight, pre, activation=activation)
+
+        yield Workload(
+            self._name(f"linear_activation/{activation}", sizes),
+            lambda: [self._normal(tokens, hidden), self._normal(width, hidden, scale=hidden**-0.5)],
+            lambda impl, *x: ops.linear_activation(*x, activation=activation, impl=impl),
+            up,
+            lambda x, *_: (linear_activation_cost(tokens, hidden, ffn, x.dtype, activation=activation),),
+            directions=("forward",),
+            peers={"compiled": peers.compiled(up)},
+        )
+        yield Workload(
+            self._name(f"activation_backward/{activation}", sizes),
+            lambda: [
+                self._normal(tokens, hidden),
+                self._normal(ffn, hidden, scale=hidden**-0.5),
+                self._normal(tokens, width),
+            ],
+            lambda impl, *x: ops.activation_backward(*x, activation=activation, impl=impl),
+            down,
+            lambda dy, *_: (activation_backward_cost(tokens, hidden, ffn, dy.dtype, activation=activation),),
+            directions=("forward",),
+            rows=(0, 2),
+            peers={"compiled": peers.compiled(down)},
+        )
+
     def cross_entropy(self, rows: int, vocab: int) -> Workload:
         """In place on given logits; every tenth target is ignored."""
         return Workload(
@@ -145,6 +215,60 @@ class Maker:
             rows=(),  # a product of other shapes may take another order
             peers=peers.linear_cross_entropy() | {"compiled": peers.compiled(reference)},
         )
+
+    def embedding(self, tokens: int, vocab: int, hidden: int) -> Workload:
+        """Rows of a table; ids as unequally frequent as words."""
+        return Workload(
+            self._name("embedding", f"{tokens}x{vocab}x{hidden}"),
+            lambda: [self._words(tokens, vocab), self._normal(vocab, hidden)],
+            lambda impl, ids, weight: ops.embedding(ids, weight, impl=impl),
+            embedding_reference,
+            lambda ids, weight: embedding_cost(tokens, vocab, hidden, weight.element_size()),
+            peers=peers.embedding(),
+        )
+
+    def adamw(self, size: int) -> Workload:
+        """A step over a flat shard with fp32 gradients, the rounded weights written too."""
+
+        def inputs() -> list[Tensor]:
+            weight, grad, mean, square = (self._normal(size, dtype=torch.float32) for _ in range(4))
+            return [weight, grad, mean, square.square_(), torch.empty(size, dtype=self.dtype, device=self.device)]
+
+        def run(impl: Any, *state: Tensor) -> tuple[Tensor, ...]:
+            weight, grad, mean, square, rounded = state
+            ops.adamw_(weight, grad, mean, square, **_ADAM, grad_scale=0.5, rounded=rounded, impl=impl)
+            return weight, mean, square, rounded
+
+        def reference(*state: Tensor) -> tuple[Tensor, ...]:
+            weight, mean, square = adamw_reference(*state[:4], **_ADAM, grad_scale=0.5)
+            return weight, mean, square, weight.to(state[4].dtype)
+
+        return Workload(
+            self._name("adamw", size),
+            inputs,
+            run,
+            reference,
+            lambda *state: (adamw_cost(size, rounded_bytes=state[4].element_size()),),
+            directions=("forward",),
+            overwritten=(0, 1, 2, 3, 4),
+        )
+
+    def sum_of_squares(self, size: int) -> Workload:
+        """Of a flat fp32 gradient."""
+        return Workload(
+            self._name("sum_of_squares", size),
+            lambda: [self._normal(size, dtype=torch.float32)],
+            lambda impl, x: ops.sum_of_squares(x, impl=impl),
+            lambda x: x.square().sum(),
+            lambda x: (sum_of_squares_cost(size),),
+            directions=("forward",),
+            rows=(),
+            peers={"vector_norm": lambda: torch.linalg.vector_norm},
+        )
+
+    def _words(self, tokens: int, vocab: int) -> Tensor:
+        uniform = torch.rand(tokens, dtype=torch.float64, device=self.device)
+        return (float(vocab) ** uniform).long().clamp_max(vocab) - 1  # Zipf's law
 
     def _targets(self, rows: int, vocab: int) -> Tensor:
         targets = torch.randint(0, vocab, (rows,), device=self.device)

@@ -87,15 +87,15 @@ def checked(device: torch.device) -> Iterator[Workload]:
         yield from make.norms(4097, dim)
     # PENDING yield make.rope(2, 2048, 32, 8, 128)
     # PENDING yield make.rope(2, 2047, 12, 12, 64)
-    # PENDING yield make.swiglu(4097, 8192)
-    # PENDING yield make.gelu(4097, 3072)
-    # PENDING yield make.mlp(2048, 1024, 2816, "swiglu")
-    # PENDING yield make.mlp(2048, 768, 3072, "gelu_tanh")
+    yield make.activation(4097, 8192, "swiglu")
+    yield make.activation(4097, 3072, "gelu_tanh")
+    yield from make.mlp(2048, 1024, 2816, "swiglu")
+    yield from make.mlp(2048, 768, 3072, "gelu_tanh")
     yield make.cross_entropy(1024, 128256)
     yield make.linear_cross_entropy(2048, 1024, 50304)
-    # PENDING yield make.embedding(8192, 50304, 1024)
-    # PENDING yield make.adamw(2**24 + 7)
-    # PENDING yield make.sum_of_squares(2**26 + 7)
+    yield make.embedding(8192, 50304, 1024)
+    yield make.adamw(2**24 + 7)
+    yield make.sum_of_squares(2**26 + 7)
 
 
 def small(device: torch.device) -> Iterator[Workload]:
@@ -107,15 +107,15 @@ def small(device: torch.device) -> Iterator[Workload]:
     yield make.attention(2, 40, 4, 2, 64, doc_tokens=12)
     yield from make.norms(5, 96)
     # PENDING yield make.rope(2, 20, 4, 2, 64)
-    # PENDING yield make.swiglu(7, 96)
-    # PENDING yield make.gelu(7, 96)
-    # PENDING for activation in ("swiglu", "gelu_tanh"):
-        # PENDING yield make.mlp(40, 64, 96, activation)
+    yield make.activation(7, 96, "swiglu")
+    yield make.activation(7, 96, "gelu_tanh")
+    for activation in ("swiglu", "gelu_tanh"):
+        yield from make.mlp(40, 64, 96, activation)
     yield make.cross_entropy(5, 300)
     yield make.linear_cross_entropy(40, 64, 300)
-    # PENDING yield make.embedding(40, 50, 64)
-    # PENDING yield make.adamw(1000)
-    # PENDING yield make.sum_of_squares(1000)
+    yield make.embedding(40, 50, 64)
+    yield make.adamw(1000)
+    yield make.sum_of_squares(1000)
 
 
 def far(device: torch.device) -> Iterator[Workload]:
@@ -129,10 +129,10 @@ def far(device: torch.device) -> Iterator[Workload]:
     yield make.attention(24, 6144, 128, 8, 128)
     yield from make.norms(2**20 + 4096, 2048)
     # PENDING yield make.rope(24, 6144, 112, 8, 128)
-    # PENDING yield make.swiglu(2**17 + 64, 8192)
-    # PENDING yield make.gelu(2**18 + 64, 8192)
+    yield make.activation(2**17 + 64, 8192, "swiglu")
+    yield make.activation(2**18 + 64, 8192, "gelu_tanh")
     yield make.cross_entropy(17000, 128256)
-    # PENDING yield make.embedding(2**20 + 64, 1000, 2048)
+    yield make.embedding(2**20 + 64, 1000, 2048)
 
 
 def races(device: torch.device) -> Iterator[Workload]:
@@ -153,16 +153,16 @@ def races(device: torch.device) -> Iterator[Workload]:
     for dim in (2048, 4096):
         yield from make.norms(tokens, dim)
     # PENDING for dim in (64, 128):
-        # PENDING yield make.rope(4, 4096, 32, 8, dim)
-    # PENDING for ffn in (8192, 14336):
-        # PENDING yield make.swiglu(tokens, ffn)
-    # PENDING yield make.gelu(tokens, 8192)
-    # PENDING for hidden, ffn in ((2048, 8192), (4096, 14336)):
-        # PENDING yield make.mlp(tokens, hidden, ffn, "swiglu")
-    # PENDING yield make.mlp(tokens, 2048, 8192, "gelu_tanh")
+    # PENDING     yield make.rope(4, 4096, 32, 8, dim)
+    for ffn in (8192, 14336):
+        yield make.activation(tokens, ffn, "swiglu")
+    yield make.activation(tokens, 8192, "gelu_tanh")
+    for hidden, ffn in ((2048, 8192), (4096, 14336)):
+        yield from make.mlp(tokens, hidden, ffn, "swiglu")
+    yield from make.mlp(tokens, 2048, 8192, "gelu_tanh")
     yield make.cross_entropy(8192, 128256)
     for hidden in (2048, 4096):
         yield make.linear_cross_entropy(tokens, hidden, 128256)
-    # PENDING yield make.embedding(tokens, 128256, 2048)
-    # PENDING yield make.adamw(2**28)
-    # PENDING yield make.sum_of_squares(2**29)
+    yield make.embedding(tokens, 128256, 2048)
+    yield make.adamw(2**28)
+    yield make.sum_of_squares(2**29)

@@ -46,7 +46,8 @@ def choices(device: torch.device) -> list[Choice]:
     found = []
     for operation in operations():
         by_table = {name: tiles.table(operation, name)["choices"] for name in tiles.ARCHITECTURES}
-        for variant in [*sorted({v for measured in by_table.values() for v in measured}), ""]:
+        decided = {variant for measured in by_table.values() for variant in measured} - {""}
+        for variant in [*sorted(decided), ""]:
             tables = {
                 name: Measured(tiles.choice(operation, variant, name), measured.get(variant, {}).get("speedup"))
                 for name, measured in by_table.items()

@@ -21,8 +21,9 @@ FORBIDDEN = {
     "triton.heuristics": "tile sizes come from the tables",
 }
 ATOMICS = "tl.atomic_"
-NARROW_SOURCES = {"tl.program_id"}
 LOOPS = {"range", "tl.range"}
+# Functions that take a program's index apart: their products count programs, which a grid bounds.
+INDEX_ARITHMETIC = {"block_and_head"}
 
 
 def kernels() -> list[str]:
@@ -43,7 +44,7 @@ def forbidden(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
 def overflowing(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
     """Products of a narrow number with something that is no constant."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and any("jit" in dotted(d) for d in node.decorator_list):
+        if isinstance(node, ast.FunctionDef) and _is_kernel(node) and node.name not in INDEX_ARITHMETIC:
             narrow = _narrow_names(node)
             for part in ast.walk(node):
                 if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mult):
@@ -51,6 +52,10 @@ def overflowing(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
                         if _is_narrow(one, narrow) and not _is_constant(other) and not _is_wide(other, narrow):
                             yield part, f"`{ast.unparse(part)}` may pass 2³¹: .to(tl.int64) first"
                             break
+
+
+def _is_kernel(function: ast.FunctionDef) -> bool:
+    return any("jit" in dotted(decorator) for decorator in function.decorator_list)
 
 
 def _narrow_names(kernel: ast.FunctionDef) -> set[str]:
@@ -75,7 +80,8 @@ def _narrow_names(kernel: ast.FunctionDef) -> set[str]:
 def _assigned(target: ast.expr, value: ast.expr, narrow: set[str]) -> set[str]:
     if isinstance(target, ast.Tuple):
         if not isinstance(value, ast.Tuple):
-            return set()
+            names = {name.id for name in target.elts if isinstance(name, ast.Name)}
+            return names if _is_narrow(value, narrow) else set()
         pairs = zip(target.elts, value.elts, strict=True)
         return {name for one, other in pairs for name in _assigned(one, other, narrow)}
     if isinstance(target, ast.Name) and _is_narrow(value, narrow):
@@ -88,7 +94,7 @@ def _is_narrow(node: ast.expr, narrow: set[str]) -> bool:
     if isinstance(node, ast.Name):
         return node.id in narrow
     if isinstance(node, ast.Call):
-        return dotted(node.func) in NARROW_SOURCES
+        return dotted(node.func) in {"tl.program_id", *INDEX_ARITHMETIC}
     if isinstance(node, ast.Subscript):  # rows[:, None]
         return _is_narrow(node.value, narrow)
     if isinstance(node, ast.BinOp) and not _is_wide(node, narrow):
@@ -99,8 +105,8 @@ def _is_narrow(node: ast.expr, narrow: set[str]) -> bool:
 def _is_wide(node: ast.expr, narrow: set[str]) -> bool:
     """Whether an expression is made int64 in it."""
     if isinstance(node, ast.Call):
-        is_cast = isinstance(node.func, ast.Attribute) and node.func.attr == "to"
-        return is_cast and [dotted(arg) for arg in node.args] == ["tl.int64"]
+        is_cast = isinstance(node.func, ast.Attribute) and node.func.attr in ("to", "cast")
+        return is_cast and bool(node.args) and dotted(node.args[-1]) == "tl.int64"
     if isinstance(node, ast.Subscript):
         return _is_wide(node.value, narrow)
     return isinstance(node, ast.BinOp) and (_is_wide(node.left, narrow) or _is_wide(node.right, narrow))
@@ -149,6 +155,7 @@ KERNEL = "@triton.jit\ndef kernel(x, dim, stride, BLOCK: tl.constexpr):\n    "
         "tl.load(x + (tl.program_id(0) * stride).to(tl.int64))",
         "for start in range(0, dim, BLOCK):\n        tl.load(x + (start + tl.arange(0, BLOCK)) * stride)",
         "row = 0\n    row += tl.program_id(0)\n    tl.load(x + row * stride)",
+        "block, head = block_and_head(dim, 4)\n    tl.load(x + head * stride)",
     ],
 )
 def test_the_rule_sees_an_overflow(body: str) -> None:
@@ -161,6 +168,7 @@ def test_the_rule_sees_an_overflow(body: str) -> None:
         "tl.load(x + tl.program_id(0).to(tl.int64) * dim)",
         "row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)\n    tl.load(x + row[:, None] * dim)",
         "row = tl.program_id(0)\n    tl.load(x + row.to(tl.int64) * dim)",
+        "row = tl.program_id(0)\n    tl.load(x + tl.cast(row, tl.int64) * dim)",
         "for start in range(tl.program_id(0) * BLOCK, dim, 8):\n"
         "        row = start + tl.arange(0, BLOCK).to(tl.int64)\n        tl.load(x + row * stride)",
         "tl.load(x + tl.program_id(0) * 4 * BLOCK)",
