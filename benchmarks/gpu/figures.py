@@ -58,7 +58,9 @@ def _race(name: str, result: Mapping[str, Any], ceilings: Mapping[str, float] | 
                 cell += f" {rate / seconds:.4g} {'TFLOP/s' if bound else 'TB/s'} {share:.0%}"
             cells.append(cell)
         lines.append(f"{name}  {direction}  " + " | ".join(cells))
-    peaks = [f"{who} {size / 2**20:,.0f} MiB" for who, size in result["peak_bytes"].items() if size is not None]
+    peaks = [
+        f"{who} {size / 2**20:,.0f} MiB" for who, size in result["peak_bytes"].items() if size is not None
+    ]
     lines += [f"{name}  peak  " + " | ".join(peaks)] if peaks else []
     lines += [f"{name}  without {who}: {why}" for who, why in result["left_out"].items()]
     return "\n".join(lines)
@@ -67,7 +69,9 @@ def _race(name: str, result: Mapping[str, Any], ceilings: Mapping[str, float] | 
 def _step(result: Mapping[str, Any]) -> str:
     layers, whole = result["layers"]
     part = "" if layers == whole else f"{layers} OF {whole} LAYERS, "
-    shape = f"{part}{result['micro_batch_size']} × {result['seq_len']} tokens, recompute {result['recompute']}"
+    shape = (
+        f"{part}{result['micro_batch_size']} × {result['seq_len']} tokens, recompute {result['recompute']}"
+    )
     if "seconds" not in result:
         return f"{shape}  rehearsed"
     mfu = [

@@ -34,7 +34,14 @@ from megalite_kernels.norm import layer_norm_reference, norm_cost, rms_norm_refe
 from megalite_kernels.sum_of_squares import cost as sum_of_squares_cost
 
 _EPS = 1e-5
-_ADAM: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 10}
+_ADAM: dict[str, Any] = {
+    "lr": 1e-3,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "step": 10,
+}
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,8 @@ class Maker:
             run,
             reference,
             lambda x: _both_ways(activation_cost, tokens, ffn, x.dtype, activation=activation),
-            peers=(peers.swiglu() if activation == "swiglu" else {}) | {"compiled": peers.compiled(reference)},
+            peers=(peers.swiglu() if activation == "swiglu" else {})
+            | {"compiled": peers.compiled(reference)},
         )
 
     def mlp(self, tokens: int, hidden: int, ffn: int, activation: Activation) -> Iterator[Workload]:
@@ -192,7 +200,9 @@ class Maker:
             rows=(0, 1),
             overwritten=(0,),
             peers=peers.cross_entropy()
-            | {"compiled": peers.compiled(lambda x, targets: cross_entropy_reference(x, targets, Terms())[0])},
+            | {
+                "compiled": peers.compiled(lambda x, targets: cross_entropy_reference(x, targets, Terms())[0])
+            },
         )
 
     def linear_cross_entropy(self, tokens: int, hidden: int, vocab: int) -> Workload:
@@ -232,7 +242,13 @@ class Maker:
 
         def inputs() -> list[Tensor]:
             weight, grad, mean, square = (self._normal(size, dtype=torch.float32) for _ in range(4))
-            return [weight, grad, mean, square.square_(), torch.empty(size, dtype=self.dtype, device=self.device)]
+            return [
+                weight,
+                grad,
+                mean,
+                square.square_(),
+                torch.empty(size, dtype=self.dtype, device=self.device),
+            ]
 
         def run(impl: Any, *state: Tensor) -> tuple[Tensor, ...]:
             weight, grad, mean, square, rounded = state

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.figures import OURS, TORCH
-from benchmarks.gpu.timing import Action, Clock, can_run_kernels
 from benchmarks.gpu.peers import Unavailable
+from benchmarks.gpu.timing import Action, Clock, can_run_kernels
 from benchmarks.gpu.workloads import Workload, as_tuple, races, upstream
 from megalite_kernels.dispatch import recording_choices
 

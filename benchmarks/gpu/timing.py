@@ -32,7 +32,9 @@ class Clock:
         if self.is_real:
             self._scrub = torch.empty(_SCRUB_BYTES, dtype=torch.int8, device=device)
 
-    def race(self, contenders: Mapping[str, Callable[[], Action]], repeats: int = REPEATS) -> dict[str, float]:
+    def race(
+        self, contenders: Mapping[str, Callable[[], Action]], repeats: int = REPEATS
+    ) -> dict[str, float]:
         """Median seconds of each contender; they take turns, every other round in reverse.
 
         A contender is called before each of its turns, outside the time taken, and returns what is

@@ -66,7 +66,9 @@ def _measure(model: str, size: Size, compiled: bool, device: torch.device) -> di
     if is_real:
         torch.cuda.reset_peak_memory_stats()
     tokens = config.train.micro_batch_size * config.data.seq_len
-    batch = _batch(torch.randint(0, config.model.vocab_size, (size.micro_batch_size, config.data.seq_len + 1)))
+    batch = _batch(
+        torch.randint(0, config.model.vocab_size, (size.micro_batch_size, config.data.seq_len + 1))
+    )
     seconds = []
     for _ in range(_WARM_UP + _STEPS if is_real else 1):
         began = time.perf_counter()
@@ -128,7 +130,12 @@ def _config(model: str, size: Size | None, compiled: bool, device: torch.device)
         f"train.compile={str(compiled).lower()}",
     ]
     if device.type != "cuda":
-        overrides += ["model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=2", "model.ffn_size=64"]
+        overrides += [
+            "model.hidden_size=64",
+            "model.num_heads=4",
+            "model.num_kv_heads=2",
+            "model.ffn_size=64",
+        ]
         overrides += ["model.vocab_size=64", "data.seq_len=32", "train.precision=fp32", "train.compile=false"]
     elif model != "125m":
         overrides += [f"data.seq_len={_SEQ}"]

@@ -150,7 +150,12 @@ def _feed_workers(waiting: SimpleQueue[Case], found: dict[Case, Found]) -> None:
         with (
             tempfile.TemporaryFile("w+") as errors,
             subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
             ) as worker,
         ):
             assert worker.stdin is not None
@@ -238,7 +243,7 @@ def _resources(compiled: Any) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        command = [tool, "-res-usage", file.name]
+        command: list[str | Path] = [tool, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if registers is None:

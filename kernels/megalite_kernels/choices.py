@@ -49,7 +49,9 @@ def choices(device: torch.device) -> list[Choice]:
         decided = {variant for measured in by_table.values() for variant in measured} - {""}
         for variant in [*sorted(decided), ""]:
             tables = {
-                name: Measured(tiles.choice(operation, variant, name), measured.get(variant, {}).get("speedup"))
+                name: Measured(
+                    tiles.choice(operation, variant, name), measured.get(variant, {}).get("speedup")
+                )
                 for name, measured in by_table.items()
             }
             found.append(Choice(operation, variant, resolve("auto", operation, x, variant), tables))

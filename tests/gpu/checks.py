@@ -40,7 +40,9 @@ def items(device: torch.device) -> Iterator[Item]:
     yield from _each("compiled", compiled, small(device))
 
 
-def _each(check: str, function: Callable[[Workload], Result], workloads: Iterator[Workload]) -> Iterator[Item]:
+def _each(
+    check: str, function: Callable[[Workload], Result], workloads: Iterator[Workload]
+) -> Iterator[Item]:
     for workload in workloads:
         yield f"{check}/{workload.name}", lambda workload=workload: function(workload)  # type: ignore[misc]
 
@@ -71,7 +73,9 @@ def results(
 def exact(workload: Workload) -> Result:
     """Our largest error against float64 is at most twice the plain formula's in the same dtype.
 
-    Source:  the rule of FlashAttention's own tests (Dao et al., tests/test_flash_attn.py), its slack too
+    Beyond that a rounding of the largest value is allowed, or of what fp32 sums end with in another order.
+
+    Source:  the rule of FlashAttention's own tests (Dao et al., tests/test_flash_attn.py)
     """
     inputs = workload.inputs()
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
@@ -81,8 +85,8 @@ def exact(workload: Workload) -> Result:
     worst: Result = {"passed": True, "error": 0.0, "allowed": 0.0}
     for index, (a, b, c) in enumerate(zip(found, plain, truth, strict=True)):
         error, own = (float((x.double() - c).abs().max()) for x in (a, b))
-        rounded = c.to(b.dtype)
-        allowed = 2 * own + 2 * float((rounded + 0.3 - 0.3 - rounded).abs().max())
+        rounding = max(torch.finfo(b.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+        allowed = 2 * own + rounding * float(c.abs().max())
         if not error <= allowed:  # NaN too
             return {"passed": False, "error": error, "allowed": allowed, "why": f"result {index}"}
         if error > worst["error"]:
@@ -118,7 +122,10 @@ def is_same_far_away(workload: Workload) -> Result:
 
 def _same_for_each_row(outputs: list[Tensor]) -> list[Tensor]:
     """A gradient that a row has wherever it lies."""
-    return [g.expand_as(y).contiguous() for g, y in zip(upstream([y[:1] if y.dim() else y for y in outputs]), outputs, strict=True)]
+    return [
+        g.expand_as(y).contiguous()
+        for g, y in zip(upstream([y[:1] if y.dim() else y for y in outputs]), outputs, strict=True)
+    ]
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

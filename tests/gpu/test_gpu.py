@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
-from tests.gpu import checks  # noqa: E402
+from tests.gpu import checks
 
 ITEMS = dict(checks.items(torch.device("cuda")))
 

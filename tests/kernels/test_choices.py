@@ -36,7 +36,9 @@ def test_every_operation_that_is_chosen_is_listed() -> None:
         for name, (_, tree) in sources().items()
         if name.startswith("megalite_kernels.")
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and dotted(node.func) == "resolve" and isinstance(node.args[1], ast.Constant)
+        if isinstance(node, ast.Call)
+        and dotted(node.func) == "resolve"
+        and isinstance(node.args[1], ast.Constant)
     }
     assert asked
     assert asked <= set(choices.operations())

@@ -49,7 +49,11 @@ def overflowing(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
             for part in ast.walk(node):
                 if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mult):
                     for one, other in ((part.left, part.right), (part.right, part.left)):
-                        if _is_narrow(one, narrow) and not _is_constant(other) and not _is_wide(other, narrow):
+                        if (
+                            _is_narrow(one, narrow)
+                            and not _is_constant(other)
+                            and not _is_wide(other, narrow)
+                        ):
                             yield part, f"`{ast.unparse(part)}` may pass 2³¹: .to(tl.int64) first"
                             break
 
@@ -166,7 +170,7 @@ def test_the_rule_sees_an_overflow(body: str) -> None:
     "body",
     [
         "tl.load(x + tl.program_id(0).to(tl.int64) * dim)",
-        "row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)\n    tl.load(x + row[:, None] * dim)",
+        "row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)\n    tl.load(x + row * dim)",
         "row = tl.program_id(0)\n    tl.load(x + row.to(tl.int64) * dim)",
         "row = tl.program_id(0)\n    tl.load(x + tl.cast(row, tl.int64) * dim)",
         "for start in range(tl.program_id(0) * BLOCK, dim, 8):\n"
