@@ -1,6 +1,6 @@
 """Other people's implementations of the same operations: torch's, its compiler's, Liger's.
 
-Each function gives builders by name; a builder imports what it needs and raises `Unavailable` where that
+Each function gives builders by name; a builder imports what it needs and raises `UnavailableError` where that
 is not here or cannot do the workload. All take the inputs of the workload.
 """
 
@@ -19,7 +19,7 @@ Function = Callable[..., Any]
 Builders = dict[str, Callable[[], Function]]
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """This peer is not here, or cannot do this workload; says why."""
 
 
@@ -45,7 +45,7 @@ def _sdpa(name: str, causal: bool) -> Function:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if not torch.cuda.is_available():
-        raise Unavailable("no CUDA")
+        raise UnavailableError("no CUDA")
     backend = getattr(SDPBackend, f"{name}_ATTENTION")
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def _flex(doc_starts: Tensor | None, causal: bool, window: int) -> Function:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not torch.cuda.is_available():
-        raise Unavailable("no CUDA")
+        raise UnavailableError("no CUDA")
 
     def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = (j <= i) if causal else (j >= 0)
@@ -88,7 +88,7 @@ def _flex(doc_starts: Tensor | None, causal: bool, window: int) -> Function:
 
 def _liger(module: str, name: str) -> Any:
     if find_spec("liger_kernel") is None:
-        raise Unavailable("not installed")
+        raise UnavailableError("not installed")
     return getattr(import_module(f"liger_kernel.ops.{module}"), name)
 
 
@@ -161,7 +161,7 @@ def linear_cross_entropy() -> Builders:
     def ours_in_torch() -> Function:
         function = getattr(F, "linear_cross_entropy", None)
         if function is None:
-            raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
+            raise UnavailableError(f"torch {torch.__version__} has no F.linear_cross_entropy")
         return lambda x, weight, targets: function(x, weight, targets, reduction="sum")
 
     def liger() -> Function:

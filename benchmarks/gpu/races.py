@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.figures import OURS, TORCH
-from benchmarks.gpu.peers import Unavailable
+from benchmarks.gpu.peers import UnavailableError
 from benchmarks.gpu.timing import Action, Clock, can_run_kernels
 from benchmarks.gpu.workloads import Workload, as_tuple, races, upstream
 from megalite_kernels.dispatch import recording_choices
@@ -68,7 +68,7 @@ def _contenders(
             for turn in directions.values():
                 turn(workload, function, inputs)()()
             found[name] = function
-        except Unavailable as error:
+        except UnavailableError as error:
             left_out[name] = str(error)
         except torch.OutOfMemoryError:
             left_out[name] = "out of memory"
