@@ -31,6 +31,7 @@ from megalite_kernels.mlp import (
     linear_activation_reference,
 )
 from megalite_kernels.norm import layer_norm_reference, norm_cost, rms_norm_reference
+from megalite_kernels.rope import rope_cost, rope_reference
 from megalite_kernels.sum_of_squares import cost as sum_of_squares_cost
 
 _EPS = 1e-5
@@ -130,6 +131,33 @@ class Maker:
                 peers=({} if is_layer_norm else peers.add_rms_norm(_EPS))
                 | {"compiled": peers.compiled(lambda *x, reference=reference: _added(reference, *x))},
             )
+
+    def rope(self, batch: int, seq: int, heads: int, kv_heads: int, dim: int) -> Workload:
+        """Queries and keys of a packed projection, at once."""
+
+        def inputs() -> list[Tensor]:
+            angles = torch.arange(seq, device=self.device)[:, None] / 1e4 ** torch.linspace(
+                0, 1, dim // 2, device=self.device
+            )
+            qkv = self._normal(batch, seq, heads + 2 * kv_heads, dim)
+            return [qkv, angles.cos()[None], angles.sin()[None]]
+
+        def reference(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+            q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
+            return rope_reference(q, cos, sin), rope_reference(k, cos, sin), v
+
+        def cost(qkv: Tensor, *_: Tensor) -> tuple[Cost, ...]:
+            return (rope_cost(batch * seq, heads + kv_heads, dim, qkv.dtype),) * 2
+
+        return Workload(
+            self._name("rope_qkv", f"d{dim}", f"{batch}x{seq}x{heads}:{kv_heads}"),
+            inputs,
+            lambda impl, qkv, cos, sin: ops.rope_qkv(qkv, cos, sin, heads, kv_heads, impl=impl),
+            reference,
+            cost,
+            constant=(1, 2),
+            peers=peers.rope(heads, kv_heads) | {"compiled": peers.compiled(reference)},
+        )
 
     def activation(self, tokens: int, ffn: int, activation: Activation) -> Workload:
         """Elementwise, from the pre-activation."""
@@ -266,6 +294,7 @@ class Maker:
             reference,
             lambda *state: (adamw_cost(size, rounded_bytes=state[4].element_size()),),
             directions=("forward",),
+            rows=(0, 1, 2, 3, 4),
             overwritten=(0, 1, 2, 3, 4),
         )
 

@@ -129,16 +129,15 @@ def swiglu() -> Builders:
     return {"liger": build}
 
 
-def rope() -> Builders:
-    """Liger's, which rotates queries and keys of [batch, heads, seq, head_dim] in place."""
+def rope(heads: int, kv_heads: int) -> Builders:
+    """Liger's, which rotates queries and keys of [batch, heads, seq, head_dim]; values stay as they are."""
 
     def build() -> Function:
         function = _liger("rope", "LigerRopeFunction")
 
-        def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-            cos, sin = (torch.cat((t, t), -1) for t in (cos, sin))
-            rotated: tuple[Tensor, Tensor] = function.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-            return rotated
+        def run(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+            q, k, v = (x.transpose(1, 2) for x in qkv.split([heads, kv_heads, kv_heads], dim=2))
+            return *function.apply(q, k, *(torch.cat((t, t), -1) for t in (cos, sin))), v
 
         return run
 

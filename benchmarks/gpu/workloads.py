@@ -85,8 +85,8 @@ def checked(device: torch.device) -> Iterator[Workload]:
     yield make.attention(1, 4096, 4, 2, 64, doc_tokens=700)
     for dim in (768, 2048, 4096, 8192):
         yield from make.norms(4097, dim)
-    # PENDING yield make.rope(2, 2048, 32, 8, 128)
-    # PENDING yield make.rope(2, 2047, 12, 12, 64)
+    yield make.rope(2, 2048, 32, 8, 128)
+    yield make.rope(2, 2047, 12, 12, 64)
     yield make.activation(4097, 8192, "swiglu")
     yield make.activation(4097, 3072, "gelu_tanh")
     yield from make.mlp(2048, 1024, 2816, "swiglu")
@@ -106,7 +106,7 @@ def small(device: torch.device) -> Iterator[Workload]:
     yield make.attention(2, 40, 4, 2, 64)
     yield make.attention(2, 40, 4, 2, 64, doc_tokens=12)
     yield from make.norms(5, 96)
-    # PENDING yield make.rope(2, 20, 4, 2, 64)
+    yield make.rope(2, 20, 4, 2, 64)
     yield make.activation(7, 96, "swiglu")
     yield make.activation(7, 96, "gelu_tanh")
     for activation in ("swiglu", "gelu_tanh"):
@@ -128,7 +128,7 @@ def far(device: torch.device) -> Iterator[Workload]:
     make = Maker(device)
     yield make.attention(24, 6144, 128, 8, 128)
     yield from make.norms(2**20 + 4096, 2048)
-    # PENDING yield make.rope(24, 6144, 112, 8, 128)
+    yield make.rope(24, 6144, 112, 8, 128)
     yield make.activation(2**17 + 64, 8192, "swiglu")
     yield make.activation(2**18 + 64, 8192, "gelu_tanh")
     yield make.cross_entropy(17000, 128256)
@@ -152,8 +152,8 @@ def races(device: torch.device) -> Iterator[Workload]:
     yield make.attention(4, 4096, 24, 8, 128, window=1024)
     for dim in (2048, 4096):
         yield from make.norms(tokens, dim)
-    # PENDING for dim in (64, 128):
-    # PENDING     yield make.rope(4, 4096, 32, 8, dim)
+    for dim in (64, 128):
+        yield make.rope(4, 4096, 32, 8, dim)
     for ffn in (8192, 14336):
         yield make.activation(tokens, ffn, "swiglu")
     yield make.activation(tokens, 8192, "gelu_tanh")

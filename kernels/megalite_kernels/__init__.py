@@ -11,13 +11,14 @@ from megalite_kernels.cross_entropy import VocabShard, cross_entropy_
 from megalite_kernels.dropout import dropout
 from megalite_kernels.embedding import embedding
 from megalite_kernels.linear_cross_entropy import linear_cross_entropy
-from megalite_kernels.mlp import gelu, swiglu
+from megalite_kernels.mlp import activation_backward, gelu, linear_activation, mlp, swiglu
 from megalite_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from megalite_kernels.rope import rope
+from megalite_kernels.rope import rope, rope_qkv
 from megalite_kernels.sum_of_squares import sum_of_squares
 
 __all__ = [
     "VocabShard",
+    "activation_backward",
     "adamw_",
     "add_layer_norm",
     "add_rms_norm",
@@ -27,9 +28,12 @@ __all__ = [
     "embedding",
     "gelu",
     "layer_norm",
+    "linear_activation",
     "linear_cross_entropy",
+    "mlp",
     "rms_norm",
     "rope",
+    "rope_qkv",
     "sum_of_squares",
     "swiglu",
 ]

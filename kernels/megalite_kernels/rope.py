@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite_kernels.cost import Cost
 from megalite_kernels.dispatch import Impl, resolve
 
 
@@ -16,13 +17,45 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, impl: Impl = "auto") -> Tensor:
     y₁ = x₁ cos - x₂ sin;  y₂ = x₂ cos + x₁ sin, for the two halves of a head, in fp32.
 
     Shapes:  x [batch, seq, heads, head_dim]; cos, sin [batch or 1, seq, head_dim/2]
-             fp32; returns x's shape and dtype, stored heads before seq as attention reads
+             fp32; returns x's shape and dtype (torch's path stores heads before seq, as its
+             attention reads)
     Source:  Su et al. 2021, eq. 34 (pairing of halves as in GPT-NeoX and Llama)
     """
-    if resolve(impl, "rope", x) == "reference":
+    chosen = resolve(impl, "rope", x, f"rope/{x.shape[-1]}")
+    if chosen == "reference":
         return rope_reference(x, cos, sin)
+    if chosen == "triton":
+        from megalite_kernels.gpu.rope import rope as kernel
+
+        result: Tensor = kernel(x, cos, sin)
+        return result
     y: Tensor = _Rope.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return y
+
+
+def rope_qkv(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, *, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take a packed projection apart into q, k and v, with q and k rotated as `rope` does.
+
+    One launch each way: backward rotates the gradients back and packs them as it writes. Neither is in
+    place. Autograd does not tell whether anybody else holds a gradient, and a projection rotated in place
+    costs a pass to pack gradients; this way v is copied, and the projection is free afterwards.
+
+    Shapes:  qkv [batch, seq, heads + 2 · kv_heads, head_dim], the queries' heads first, then keys, then
+             values; cos, sin [batch or 1, seq, head_dim/2] fp32; returns q [batch, seq, heads,
+             head_dim], k and v [batch, seq, kv_heads, head_dim]
+    """
+    if qkv.shape[2] != heads + 2 * kv_heads:
+        raise ValueError(f"qkv has {qkv.shape[2]} heads, not {heads} + 2 · {kv_heads}")
+    chosen = resolve(impl, "rope", qkv, f"rope_qkv/{qkv.shape[-1]}")
+    if chosen == "triton":
+        from megalite_kernels.gpu.rope import rope_qkv as kernel
+
+        q, k, v = kernel(qkv, cos, sin, heads, kv_heads)
+        return q, k, v
+    q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=2)
+    return rope(q, cos, sin, impl=chosen), rope(k, cos, sin, impl=chosen), v
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -52,3 +85,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[:, None], sin[:, None]
     y = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
     return y.to(x.dtype).transpose(1, 2)
+
+
+def rope_cost(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> Cost:
+    """Least work of rotating `heads` heads (q's and k's together) in place, forward or backward: each
+    read and written once, six flops a pair, the angles read in fp32."""
+    elements = tokens * heads * head_dim
+    return Cost(3 * elements, 2 * elements * dtype.itemsize + 4 * tokens * head_dim)
