@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -93,3 +95,12 @@ def test_dropout_keeps_no_mask_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         dropout(x, 0.3, torch.arange(8))
     assert sum(t.numel() for t in saved) == 8
+
+
+def test_dropout_is_its_formula() -> None:
+    keys, places = torch.arange(3), torch.tensor([5, 0, 2])
+    ours, formula = (
+        partial(dropout, p=0.3, keys=keys, places=places, impl=i) for i in ("torch", "reference")
+    )
+    assert_same(ours, formula, [random(3, 4, 5)], tol=0)
+    assert torch.autograd.gradcheck(formula, random(3, 4, 5).requires_grad_())

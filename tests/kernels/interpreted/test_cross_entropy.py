@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +50,18 @@ def test_rows_with_a_stride_are_overwritten_alone() -> None:
     assert torch.equal(wide[:, :20], before[:, :20])
     assert torch.equal(wide[:, 80:], before[:, 80:])
     assert z == 0
+
+
+def test_rows_beyond_two_billion_elements(tmp_path: Path) -> None:
+    # A sparse file: rows lie 2³⁰ elements apart, so that the offset of the last does not fit 32 bits.
+    size = 3 * 2**30 + 60
+    file = torch.from_file(str(tmp_path / "logits"), shared=True, size=size, dtype=torch.bfloat16)
+    logits, targets = file.as_strided((4, 60), (2**30, 1)), _targets(4, 60)
+    logits.copy_(random(4, 60))
+    leaf = logits.float().requires_grad_()
+    cross_entropy_reference(leaf, targets, Terms())[0].backward()
+    cross_entropy_(logits.requires_grad_(), targets, impl="triton")
+    torch.testing.assert_close(logits.detach(), leaf.grad, check_dtype=False, rtol=1e-2, atol=1e-4)
 
 
 def test_without_gradient_logits_stay_and_no_rows_are_no_loss() -> None:
