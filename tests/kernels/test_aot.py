@@ -92,8 +92,8 @@ def test_changes(tmp_path: Path) -> None:
 
 def test_products_and_their_instructions_are_counted() -> None:
     ttir = """
-    %1 = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<64x16xbf16> * tensor<16x64xbf16> -> t
-    %2 = tt.dot %a, %b, %c, inputPrecision = ieee : tensor<64x16xf32> * tensor<16x64xf32> -> tensor<64x64xf32>
+    %1 = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<64x16xbf16> * tensor<16x64xbf16>
+    %2 = tt.dot %a, %b, %c, inputPrecision = ieee : tensor<64x16xf32> * tensor<16x64xf32>
     %3 = tt.dot %a, %b, %c : tensor<16x16xf16> * tensor<16x16xf16> -> tensor<16x16xf32>"""
     ptx = """
     wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, 1, 1, 1, 0, 1;
