@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import megalite_kernels as ops
@@ -18,6 +19,8 @@ from megalite_kernels.attention import attention_cost, attention_reference
 from megalite_kernels.cost import Cost
 from megalite_kernels.cross_entropy import Terms, cross_entropy_reference
 from megalite_kernels.cross_entropy import cost as cross_entropy_cost
+from megalite_kernels.dropout import cost as dropout_cost
+from megalite_kernels.dropout import dropout_reference
 from megalite_kernels.embedding import cost as embedding_cost
 from megalite_kernels.embedding import embedding_reference
 from megalite_kernels.linear_cross_entropy import cost as linear_cross_entropy_cost
@@ -263,6 +266,18 @@ class Maker:
             embedding_reference,
             lambda ids, weight: embedding_cost(tokens, vocab, hidden, weight.element_size()),
             peers=peers.embedding(),
+        )
+
+    def dropout(self, rows: int, width: int) -> Workload:
+        """With a key for each row."""
+        return Workload(
+            self._name("dropout", f"{rows}x{width}"),
+            lambda: [self._normal(rows, width), torch.arange(rows, device=self.device)],
+            lambda impl, x, keys: ops.dropout(x, 0.1, keys, impl=impl),
+            lambda x, keys: dropout_reference(x, 0.1, keys),
+            lambda x, _: (dropout_cost(rows * width, x.element_size()),) * 2,
+            rows=(0, 1),
+            peers={"F.dropout": lambda: lambda x, _: F.dropout(x, 0.1)},
         )
 
     def adamw(self, size: int) -> Workload:

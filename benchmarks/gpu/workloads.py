@@ -94,6 +94,7 @@ def checked(device: torch.device) -> Iterator[Workload]:
     yield make.cross_entropy(1024, 128256)
     yield make.linear_cross_entropy(2048, 1024, 50304)
     yield make.embedding(8192, 50304, 1024)
+    yield make.dropout(4097, 3072)
     yield make.adamw(2**24 + 7)
     yield make.sum_of_squares(2**26 + 7)
 
@@ -114,6 +115,7 @@ def small(device: torch.device) -> Iterator[Workload]:
     yield make.cross_entropy(5, 300)
     yield make.linear_cross_entropy(40, 64, 300)
     yield make.embedding(40, 50, 64)
+    yield make.dropout(7, 96)
     yield make.adamw(1000)
     yield make.sum_of_squares(1000)
 
@@ -133,6 +135,7 @@ def far(device: torch.device) -> Iterator[Workload]:
     yield make.activation(2**18 + 64, 8192, "gelu_tanh")
     yield make.cross_entropy(17000, 128256)
     yield make.embedding(2**20 + 64, 1000, 2048)
+    yield make.dropout(2**20 + 64, 2048)
 
 
 def races(device: torch.device) -> Iterator[Workload]:
@@ -164,5 +167,6 @@ def races(device: torch.device) -> Iterator[Workload]:
     for hidden in (2048, 4096):
         yield make.linear_cross_entropy(tokens, hidden, 128256)
     yield make.embedding(tokens, 128256, 2048)
+    yield make.dropout(tokens, 4096)
     yield make.adamw(2**28)
     yield make.sum_of_squares(2**29)
