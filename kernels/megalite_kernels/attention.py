@@ -39,7 +39,8 @@ def attention(
     scale: float | None = None,
     return_lse: Literal[False] = False,
     impl: Impl = "auto",
-) -> Tensor: ...
+) -> Tensor:
+    """The output alone."""
 
 
 @overload
@@ -54,7 +55,8 @@ def attention(
     scale: float | None = None,
     return_lse: Literal[True],
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor]:
+    """The output and its log-sum-exp."""
 
 
 def attention(
@@ -95,17 +97,16 @@ def attention(
             low, high = key_spans(q, k, causal=causal, doc_starts=doc_starts, window=window)
         result: tuple[Tensor, Tensor] = attention_forward(q, k, v, low, high, causal, window, scale)
         return result if return_lse else result[0]
-    if chosen == "reference" or return_lse:
-        options = {"causal": causal, "doc_starts": doc_starts, "window": window, "scale": scale}
-        if chosen == "torch":  # torch gives no log-sum-exp with a gradient
-            wide = torch.promote_types(q.dtype, torch.float32)
-            o, lse = attention_reference(q.to(wide), k.to(wide), v.to(wide), **options)
-        else:
-            o, lse = attention_reference(q, k, v, **options)
-        return (o.to(q.dtype), lse) if return_lse else o
-    if causal and q.device.type == "cpu" and q.shape[1] == k.shape[1] and q.shape[1] > 1:
-        return attention_cpu(q, k, v, doc_starts, window, scale)
-    return _attention_sdpa(q, k, v, causal, doc_starts, window, scale)
+    if chosen == "torch" and not return_lse:
+        if causal and q.device.type == "cpu" and q.shape[1] == k.shape[1] and q.shape[1] > 1:
+            return attention_cpu(q, k, v, doc_starts, window, scale)
+        return _attention_sdpa(q, k, v, causal, doc_starts, window, scale)
+    # SDPA gives no log-sum-exp with a gradient: the formula does, in fp32 unless it is itself asked for.
+    wide = q.dtype if chosen == "reference" else torch.promote_types(q.dtype, torch.float32)
+    o, lse = attention_reference(
+        *(x.to(wide) for x in (q, k, v)), causal=causal, doc_starts=doc_starts, window=window, scale=scale
+    )
+    return (o.to(q.dtype), lse) if return_lse else o
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, doc_starts: Tensor | None, window: int, scale: float) -> None:
@@ -119,7 +120,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, doc_starts: Tensor | None, window: i
             "batch and head_dim with q"
         )
     if doc_starts is not None and doc_starts.shape != q.shape[:2]:
-        raise ValueError(f"doc_starts is {tuple(doc_starts.shape)}; one for each of {tuple(q.shape[:2])} queries")
+        raise ValueError(
+            f"doc_starts is {tuple(doc_starts.shape)}; one for each of {tuple(q.shape[:2])} queries"
+        )
     if scale <= 0:
         raise ValueError(f"scale={scale}; it must be positive")
     if window < 0:
@@ -205,7 +208,9 @@ def _attention_sdpa(
     # A dense mask leaves few backends to choose from; torch takes the best of them.
     with sdpa_kernel(_SDPA_ORDER, set_priority=True) if is_plain else nullcontext():
         o = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)),
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
             attn_mask=None if is_plain else _visible(q, k, causal, doc_starts, window),
             is_causal=is_plain and causal,
             scale=scale,

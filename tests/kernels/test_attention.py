@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megalite_kernels import attention
+from megalite_kernels.attention import _variant, attention_cost, doc_starts_of
 from megalite_kernels.attention_cpu import _attention_cpu, _attention_cpu_backward, _keeps_probabilities
 from tests.kernels.helpers import assert_as_exact_as_torch, assert_same, peak_bytes, random
 
@@ -53,41 +55,67 @@ def _doc_starts(documents: list[list[int]], batch: int, seq: int) -> Tensor:
 
 
 def _pair(**options: Any) -> tuple[Any, Any]:
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, impl="torch", **options)
-
-    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, impl="reference", **options)
-
-    return ours, formula
+    """The torch implementation and the formula, with these options."""
+    return partial(attention, impl="torch", **options), partial(attention, impl="reference", **options)
 
 
 def _by_hand(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int, scale: float | None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int, scale: float | None, causal: bool = True
+) -> tuple[Tensor, Tensor]:
     """One query at a time, as the docstring of `attention` defines it."""
-    output = torch.empty_like(q)
+    output, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
     past = k.shape[1] - q.shape[1]
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[3])
     for b in range(q.shape[0]):
+        # All positions' documents, of which the queries are the last.
+        bounds = sorted({0, *starts[b].tolist(), k.shape[1]})
         for i in range(q.shape[1]):
-            low = max(0 if starts is None else int(starts[b, i]), past + i - window + 1 if window else 0)
+            place = past + i
+            low = int(starts[b, i])
+            high = place + 1 if causal else next(bound for bound in bounds if bound > low)
+            if window:
+                low, high = max(low, place - window + 1), min(high, place + window)
             for h in range(q.shape[2]):
                 of = h // (q.shape[2] // k.shape[2])
-                seen = slice(low, past + i + 1)
-                p = (k[b, seen, of] @ q[b, i, h] * scale).softmax(0)
-                output[b, i, h] = p @ v[b, seen, of]
-    return output
+                scores = k[b, low:high, of] @ q[b, i, h] * scale
+                output[b, i, h], lse[b, h, i] = scores.softmax(0) @ v[b, low:high, of], scores.logsumexp(0)
+    return output, lse
 
 
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_both_implementations_are_the_definition(window: int, scale: float | None) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("queries", [70, 33])
+def test_both_implementations_are_the_definition(
+    window: int, scale: float | None, causal: bool, queries: int
+) -> None:
     q, k, v = _inputs((2, 70, 4, 2, 8))
-    starts = _doc_starts(DOCUMENTS["mixed"], 2, 70)
-    expected = _by_hand(q, k, v, starts, window, scale)
-    for operation in _pair(doc_starts=starts, window=window, scale=scale):
+    starts = _doc_starts(DOCUMENTS["mixed"], 2, 70)[:, -queries:]
+    q = q[:, -queries:]
+    expected, expected_lse = _by_hand(q, k, v, starts, window, scale, causal)
+    for operation in _pair(doc_starts=starts, window=window, scale=scale, causal=causal):
         torch.testing.assert_close(operation(q, k, v), expected, rtol=1e-12, atol=1e-12)
+        o, lse = operation(q, k, v, return_lse=True)
+        torch.testing.assert_close(o, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("documents", "window"), [("whole", 0), ("mixed", 0), ("whole", 9), ("mixed", 9)])
+def test_full_attention(documents: str, window: int) -> None:
+    starts = None if documents == "whole" else _doc_starts(DOCUMENTS[documents], 2, 65)
+    pair = _pair(doc_starts=starts, window=window, causal=False)
+    assert_same(*pair, _inputs((2, 65, 4, 2, 8)))
+    assert_as_exact_as_torch(*pair, _inputs((2, 65, 4, 2, 8)))
+
+
+def test_log_sum_exp_in_bf16_is_exact_and_has_a_gradient() -> None:
+    inputs = [x.bfloat16() for x in _inputs((1, 40, 2, 1, 16))]
+    exact = attention(*(x.double() for x in inputs), impl="reference", return_lse=True)[1]
+    o, lse = attention(*inputs, return_lse=True)
+    assert (o.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=1e-5)
+    leaves = [x.requires_grad_() for x in _inputs((1, 5, 2, 1, 4))]
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, return_lse=True), leaves)
 
 
 @pytest.mark.parametrize("window", [0, 1, 9, 64, 100])
@@ -110,10 +138,14 @@ def test_bf16_is_as_exact_as_the_formula_in_bf16(shape: tuple[int, ...], documen
     assert_as_exact_as_torch(*_pair(doc_starts=starts), _inputs(shape))
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradcheck(causal: bool) -> None:
     inputs = [x.requires_grad_() for x in _inputs((1, 7, 2, 1, 4))]
     starts = _doc_starts([[3, 1, 3]], 1, 7)
-    assert torch.autograd.gradcheck(_pair(doc_starts=starts, window=2)[0], inputs)
+    for operation in _pair(doc_starts=starts, window=2, causal=causal):
+        assert torch.autograd.gradcheck(operation, inputs)
+    reference = partial(_pair(doc_starts=starts, causal=causal)[1], return_lse=True)
+    assert torch.autograd.gradcheck(reference, inputs)
 
 
 def test_strided_inputs() -> None:
@@ -180,6 +212,54 @@ def test_bad_shapes_are_refused() -> None:
     q, k, v = _inputs((1, 4, 2, 2, 8))
     with pytest.raises(ValueError, match="4 queries but only 3 keys"):
         attention(q, k[:, :3], v[:, :3])
+    q, k, v = _inputs((1, 4, 2, 2, 8))
+    for k_bad, options, message in [
+        (k[..., :4], {}, "k and v must be alike"),
+        (k, {"doc_starts": torch.zeros(1, 3)}, "doc_starts is \\(1, 3\\); one for each of \\(1, 4\\)"),
+        (k, {"scale": 0.0}, "scale=0.0; it must be positive"),
+        (k, {"window": -1}, "window=-1; use 0 for none"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            attention(q, k_bad, v, **options)
+
+
+def test_documents_from_their_bounds() -> None:
+    bounds = torch.tensor([0, 2, 2, 5, 6], dtype=torch.int32)  # the second one is empty, one follows
+    assert doc_starts_of(bounds, 8).tolist() == [[0, 0, 2, 2, 2, 5, 6, 6]]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "d64/causal"),
+        ({"causal": False}, "d64/full"),
+        ({"window": 2}, "d64/window"),
+        ({"window": 2, "doc_starts": torch.zeros(1, 4)}, "d64/doc"),
+    ],
+)
+def test_names_in_the_table_of_choices(options: dict[str, Any], name: str) -> None:
+    q, k, _ = _inputs((1, 4, 2, 2, 8))
+    given = {"causal": True, "doc_starts": None, "window": 0, **options}
+    assert _variant(q, k, **given) == name
+    assert _variant(*_inputs((1, 4, 2, 2, 96))[:2], **given) == name.replace("d64", "d128")
+    assert _variant(q[:, :3], k, **given) == "d64/cache"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_cost_counts_pairs_and_bytes(causal: bool) -> None:
+    q, k = torch.zeros(2, 3, 4, 8).bfloat16(), torch.zeros(2, 5, 2, 8).bfloat16()
+    pairs = 2 * (3 + 4 + 5 if causal else 15)
+    lse = 4 * 2 * 4 * 3
+    forward, backward = attention_cost(q, k, causal=causal)
+    assert forward == (4 * pairs * 4 * 8, 2 * (2 * 2 * 3 * 4 * 8 + 2 * 2 * 5 * 2 * 8) + lse)
+    assert backward == (10 * pairs * 4 * 8, 2 * (4 * 2 * 3 * 4 * 8 + 4 * 2 * 5 * 2 * 8) + lse)
+    assert attention_cost(q, k, visible=7)[0].flops == 4 * 7 * 4 * 8
+
+
+def test_sdpa_with_its_order_of_backends_compiles_whole() -> None:
+    q, k, v = (x.float() for x in _inputs((1, 6, 2, 1, 8)))
+    whole = torch.compile(partial(attention, causal=False), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(whole(q, k, v), attention(q, k, v, causal=False))
 
 
 @pytest.mark.parametrize("has_documents", [False, True])

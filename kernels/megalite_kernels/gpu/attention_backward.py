@@ -35,7 +35,8 @@ from megalite_kernels.gpu.launch import launch
 @triton.jit
 def _add_dq(
     dq, q, do, k, v, lse, delta, tile, k_row, v_row, keys, first, stop, scale,
-    BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr, BANDED: tl.constexpr,
+    BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    MASKED: tl.constexpr, BANDED: tl.constexpr,
 ):  # fmt: skip
     """Add what a tile of keys gives to dQ, without its factor; scale and lse are in base 2."""
     start = tile * BLOCK_N
@@ -98,7 +99,7 @@ def _attention_dq(
             acc, tile_q, tile_do, k, v, lse_m, delta_m, tile, k_row, v_row, keys, first, stop, scale_2,
             BLOCK_N, DIM, BLOCK_DIM, False, BANDED,
         )  # fmt: skip
-    for turn in range(0, whole - begin + end - partial):
+    for turn in range(whole - begin + end - partial):
         tile = masked_tile(turn, begin, whole, partial)
         acc = _add_dq(
             acc, tile_q, tile_do, k, v, lse_m, delta_m, tile, k_row, v_row, keys, first, stop, scale_2,
@@ -110,7 +111,8 @@ def _attention_dq(
 @triton.jit
 def _add_dkv(
     dk, dv, k, v, q, do, lse, delta, tile, q_row, do_row, queries, first, stop, scale,
-    BLOCK_M: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr, BANDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    MASKED: tl.constexpr, BANDED: tl.constexpr,
 ):  # fmt: skip
     """Add what a tile of queries gives to dK (without its factor) and dV; scale is in base 2.
 
@@ -172,7 +174,7 @@ def _attention_dkv(
     scale_2 = scale * LOG2_E
     BANDED: tl.constexpr = WINDOWED or HAS_SPANS
     count = partial - whole
-    for turn in range(0, group * count):
+    for turn in range(group * count):
         member = tl.cast(turn // count, tl.int64)
         acc_k, acc_v = _add_dkv(
             acc_k, acc_v, tile_k, tile_v, q + member * q_head, do + member * do_head,
@@ -180,11 +182,12 @@ def _attention_dkv(
             q_row, do_row, queries, first, stop, scale_2, BLOCK_M, DIM, BLOCK_DIM, False, BANDED,
         )  # fmt: skip
     count = whole - begin + end - partial
-    for turn in range(0, group * count):
+    for turn in range(group * count):
         member = tl.cast(turn // count, tl.int64)
         acc_k, acc_v = _add_dkv(
             acc_k, acc_v, tile_k, tile_v, q + member * q_head, do + member * do_head,
-            lse + member * queries, delta + member * queries, masked_tile(turn % count, begin, whole, partial),
+            lse + member * queries, delta + member * queries,
+            masked_tile(turn % count, begin, whole, partial),
             q_row, do_row, queries, first, stop, scale_2, BLOCK_M, DIM, BLOCK_DIM, True, BANDED,
         )  # fmt: skip
     place_k = batch * dk_batch + head * dk_head

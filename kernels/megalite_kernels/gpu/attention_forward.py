@@ -29,11 +29,14 @@ from megalite_kernels.gpu.launch import launch
 @triton.jit
 def _attend(
     acc, total, top, q, k, v, tile, k_row, v_row, keys, first, stop, scale,
-    BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr, BANDED: tl.constexpr,
+    BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    MASKED: tl.constexpr, BANDED: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of keys to the running output, sum and maximum; scale is in base 2."""
     start = tile * BLOCK_N
-    scores = tl.dot(q, load_tile(k, start, keys, k_row, BLOCK_N, DIM, BLOCK_DIM, MASKED).T, input_precision="ieee")
+    scores = tl.dot(
+        q, load_tile(k, start, keys, k_row, BLOCK_N, DIM, BLOCK_DIM, MASKED).T, input_precision="ieee"
+    )
     if MASKED:
         key = start + tl.arange(0, BLOCK_N)
         visible = key[None, :] < stop[:, None]
@@ -83,7 +86,7 @@ def _attention_forward(
             acc, total, top, tile_q, k, v, tile, k_row, v_row, keys, first, stop, scale,
             BLOCK_N, DIM, BLOCK_DIM, False, BANDED,
         )  # fmt: skip
-    for turn in range(0, whole - begin + end - partial):
+    for turn in range(whole - begin + end - partial):
         tile = masked_tile(turn, begin, whole, partial)
         acc, total, top = _attend(
             acc, total, top, tile_q, k, v, tile, k_row, v_row, keys, first, stop, scale,
@@ -125,7 +128,17 @@ def attention_forward(
         (blocks * batch * heads,),
         *(q, k, v, o, lse, lse if low is None else low, lse if high is None else high),
         *(*strides(q), *strides(k), *strides(v), *strides(o)),
-        *(queries, keys, heads, group, batch * heads, window, scale * LOG2_E.value, blocks, section(k, group)),
+        *(
+            queries,
+            keys,
+            heads,
+            group,
+            batch * heads,
+            window,
+            scale * LOG2_E.value,
+            blocks,
+            section(k, group),
+        ),
         CAUSAL=causal,
         WINDOWED=window > 0 and low is None,
         HAS_SPANS=low is not None,

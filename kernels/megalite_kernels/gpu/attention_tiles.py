@@ -100,7 +100,7 @@ def masked_tile(turn, begin, whole, partial):
 @triton.jit
 def load_tile(base, start, rows, stride, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
               MASKED: tl.constexpr):  # fmt: skip
-    """[ROWS, BLOCK_DIM] from row `start` of a [rows, DIM] matrix; zero beyond DIM and, if MASKED, its rows."""
+    """[ROWS, BLOCK_DIM] from row `start` of a [rows, DIM] matrix; zero beyond DIM and, if MASKED, rows."""
     row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
     # A tile's own offsets fit 32 bits; where it starts may not.
     place = base + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + column[None, :])
@@ -114,7 +114,8 @@ def load_tile(base, start, rows, stride, ROWS: tl.constexpr, DIM: tl.constexpr, 
 
 
 @triton.jit
-def store_tile(base, value, start, rows, stride, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):  # fmt: skip
+def store_tile(base, value, start, rows, stride, ROWS: tl.constexpr, DIM: tl.constexpr,
+               BLOCK_DIM: tl.constexpr):  # fmt: skip
     """The inverse of a masked `load_tile`, rounding once."""
     row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
     place = base + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + column[None, :])
