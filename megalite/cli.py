@@ -148,9 +148,11 @@ def _add_other_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     from data_tools.cli import add_commands as add_data_commands
     from megalite.checkpoint.command import add_command as add_checkpoint_command
     from megalite.generate import add_command as add_generate_commands
+    from megalite.kernels_command import add_command as add_kernels_command
     from megalite.spikes import add_command as add_spikes_command
 
     add_generate_commands(commands)
+    add_kernels_command(commands)
     add_data_commands(commands)
     add_checkpoint_command(commands)
     add_spikes_command(commands)

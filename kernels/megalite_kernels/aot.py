@@ -1,6 +1,6 @@
-"""Compile every shipped kernel for a chip that is not here, and say what it would take there.
+"""Compile every shipped kernel for chips that are not here, and say what it would take there.
 
-    python -m megalite_kernels.aot --arch sm_90 [--match attention] [--json FILE]
+    python -m megalite_kernels.aot [--arch sm_90] [--match attention] [--golden DIR [--write]]
 
 Each module of `megalite_kernels.gpu` lists its shipped configurations in `cases()`. A case calls the
 launcher itself on meta tensors, so what is compiled is what would be launched. Compiling happens in
@@ -22,25 +22,35 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from megalite_kernels.tiles import ARCHITECTURES, assume
 
 SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448}  # what one program may ask for: 163 and 227 KiB
-_BATCH = 8  # cases a process compiles before another takes over
-_TENSOR_CORE = {"sm_80": ("HMMA",), "sm_90": ("HGMMA", "HMMA")}
+MORE_REGISTERS = 8  # how many more than the golden file's are no finding
+_PRODUCT = re.compile(r"tt\.dot .*: tensor<[x\d]*b?f16>")  # a product of 16-bit matrices, before lowering
+_TENSOR_CORE = re.compile(r"\b(?:wgmma\.mma_async|mma)\.sync")
+
+Case = tuple[str, str]  # architecture, "module:name"
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes: registers a thread, bytes spilled a thread, shared memory a program,
-    and its tensor-core instructions."""
+    """What a compiled kernel takes: registers a thread, bytes spilled a thread, shared memory a program.
+
+    `products` counts its products of 16-bit matrices, `tensor_core` the instructions they became.
+    """
 
     kernel: str
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    products: int
     tensor_core: int
+
+
+Found = list[Resources] | str  # a launcher may start several kernels; or why one could not be compiled
 
 
 def case_names(match: str = "") -> list[str]:
@@ -48,18 +58,23 @@ def case_names(match: str = "") -> list[str]:
     return [name for name, _ in _cases() if match in name]
 
 
-def compile_cases(names: Sequence[str], arch: str, processes: int = 0) -> dict[str, list[Resources] | str]:
-    """What the kernels of each case take on `arch`, or the reason why one could not be compiled.
+def compile_cases(cases: Sequence[Case], processes: int = 0) -> dict[Case, Found]:
+    """What the kernels of each case take on its architecture.
 
-    A launcher may start several kernels. `processes` compile side by side, one a core by default.
+    `processes` compile side by side, one a core by default.
     """
-    batches = [names[i : i + _BATCH] for i in range(0, len(names), _BATCH)]
-    with ThreadPoolExecutor(processes or os.cpu_count()) as pool:
-        parts = pool.map(lambda batch: _compile_in_process(batch, arch), batches)
-        return {name: found for part in parts for name, found in part.items()}
+    waiting: SimpleQueue[Case] = SimpleQueue()
+    for case in cases:
+        waiting.put(case)
+    found: dict[Case, Found] = {}
+    count = min(processes or os.cpu_count() or 1, len(cases))
+    with ThreadPoolExecutor(max(count, 1)) as pool:
+        for done in [pool.submit(_feed_workers, waiting, found) for _ in range(count)]:
+            done.result()
+    return {case: found[case] for case in cases}
 
 
-def problems(found: Sequence[Resources] | str, arch: str) -> list[str]:
+def problems(found: Found, arch: str) -> list[str]:
     """What would make a kernel slow or impossible to launch; empty if nothing."""
     if isinstance(found, str):
         return [found]
@@ -69,7 +84,52 @@ def problems(found: Sequence[Resources] | str, arch: str) -> list[str]:
             said.append(f"{kernel.kernel} spills {kernel.spilled_bytes} bytes a thread")
         if kernel.shared_bytes > SHARED_BYTES[arch]:
             said.append(f"{kernel.kernel} asks for {kernel.shared_bytes} bytes of {SHARED_BYTES[arch]}")
+        if kernel.products and not kernel.tensor_core:
+            said.append(f"{kernel.kernel} multiplies 16-bit matrices without tensor cores")
     return said
+
+
+def changes(golden: dict[str, dict[str, int]], found: dict[str, Found]) -> list[str]:
+    """How compiled cases differ from a golden file: cases that came or went, kernels that grew."""
+    said = [f"{name} is no longer a case" for name in golden.keys() - found.keys()]
+    for name, result in found.items():
+        if isinstance(result, str):
+            continue
+        now, before = _registers(result), golden.get(name)
+        if before is None or now.keys() != before.keys():
+            said.append(f"{name} starts {sorted(now)}, the golden file has {sorted(before or {})}")
+            continue
+        said += [
+            f"{name}: {kernel} takes {count} registers, the golden file has {before[kernel]}"
+            for kernel, count in now.items()
+            if count > before[kernel] + MORE_REGISTERS
+        ]
+    return sorted(said)
+
+
+def read_golden(folder: Path, arch: str) -> dict[str, dict[str, int]]:
+    """Registers a thread of each kernel of each case, as last accepted; empty if there is no file."""
+    path = folder / f"{arch}.json"
+    golden: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
+    return golden
+
+
+def write_golden(folder: Path, arch: str, found: dict[str, Found]) -> None:
+    """Accept what was found, one case a line."""
+    lines = (
+        f"{json.dumps(name)}: {json.dumps(_registers(result))}"
+        for name, result in sorted(found.items())
+        if not isinstance(result, str)
+    )
+    (folder / f"{arch}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _registers(result: list[Resources]) -> dict[str, int]:
+    """By kernel; of one that a launcher starts twice, the larger."""
+    counts: dict[str, int] = {}
+    for part in result:
+        counts[part.kernel] = max(part.registers, counts.get(part.kernel, 0))
+    return counts
 
 
 def _cases() -> Iterator[tuple[str, Any]]:
@@ -82,22 +142,41 @@ def _cases() -> Iterator[tuple[str, Any]]:
                 yield f"{module}:{case.name}", case.call
 
 
-def _compile_in_process(names: Sequence[str], arch: str) -> dict[str, list[Resources] | str]:
-    """Compile in another process; after a crash go on behind the case that caused it."""
-    found: dict[str, list[Resources] | str] = {}
+def _feed_workers(waiting: SimpleQueue[Case], found: dict[Case, Found]) -> None:
+    """Hand case after case to one process; after a crash another goes on with the next case."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    while len(found) < len(names):
-        left = [name for name in names if name not in found]
-        command = [sys.executable, "-m", "megalite_kernels.aot", "--worker", "--arch", arch, *left]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        for line in done.stdout.splitlines():
-            name, result = json.loads(line)
-            found[name] = result if isinstance(result, str) else [Resources(**part) for part in result]
-        if done.returncode:
-            crashed = next(name for name in names if name not in found)
-            last = (done.stderr.strip().splitlines() or [""])[-1]
-            found[crashed] = f"the compiler ended with {done.returncode}: {last[:300]}"
-    return found
+    command = [sys.executable, "-m", "megalite_kernels.aot", "--worker"]
+    while not waiting.empty():
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            ) as worker,
+        ):
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            while True:
+                try:
+                    case = waiting.get_nowait()
+                except Empty:
+                    return
+                try:
+                    print(json.dumps(case), file=worker.stdin, flush=True)
+                    line = worker.stdout.readline()
+                except BrokenPipeError:
+                    line = ""
+                if not line:
+                    errors.seek(0)
+                    last = (errors.read().strip().splitlines() or [""])[-1]
+                    found[case] = f"the compiler ended with {worker.wait()}: {last[:300]}"
+                    break
+                result = json.loads(line)
+                found[case] = result if isinstance(result, str) else [Resources(**part) for part in result]
 
 
 # --- in the worker ---------------------------------------------------------------------------------
@@ -106,8 +185,8 @@ def _compile_in_process(names: Sequence[str], arch: str) -> dict[str, list[Resou
 class _Chip:
     """A driver for a chip that is not here: enough to compile, not to launch."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
+    def __init__(self, arch: str) -> None:
+        self.capability = int(arch.removeprefix("sm_"))
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -115,7 +194,7 @@ class _Chip:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability  # Triton keeps what it compiled by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -132,19 +211,20 @@ class _Chip:
         return kind
 
 
-def _work(names: Sequence[str], arch: str) -> None:
-    """Compile and print a line of JSON for each case, as soon as it is there."""
+def _work() -> None:
+    """For each case read from standard input, compile and print a line of JSON."""
     from triton.runtime.driver import driver
 
     from megalite_kernels.gpu.launch import recording
 
-    driver.set_active(_Chip(int(arch.removeprefix("sm_"))))
     calls = dict(_cases())
-    for name in names:
+    for line in sys.stdin:
+        arch, name = json.loads(line)
+        driver.set_active(_Chip(arch))
         compiled: list[Resources] = []
 
         def record(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            compiled.append(_resources(kernel.warmup(*args, grid=(1,), **options), arch))  # noqa: B023
+            compiled.append(_resources(kernel.warmup(*args, grid=(1,), **options)))  # noqa: B023
 
         try:
             with assume(arch), recording(record):
@@ -152,59 +232,70 @@ def _work(names: Sequence[str], arch: str) -> None:
             result: list[dict[str, Any]] | str = [asdict(part) for part in compiled]
         except Exception as error:  # whatever the compiler raises is a finding about this case
             result = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
-        print(json.dumps([name, result]), flush=True)
+        print(json.dumps(result), flush=True)
 
 
-def _resources(compiled: Any, arch: str) -> Resources:
+def _resources(compiled: Any) -> Resources:
     import triton
 
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    # The instructions are counted in PTX: nvdisasm takes longer than the compiler.
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
-        assembly = _output(tools / "nvdisasm", file.name)
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command: list[str | Path] = [tool, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"cuobjdump gives no register count: {usage[:200]!r}")
-    count = sum(len(re.findall(rf"\b{name}\b", assembly)) for name in _TENSOR_CORE[arch])
     return Resources(
-        compiled.metadata.name, int(registers[1]), int(registers[2]), compiled.metadata.shared, count
+        compiled.metadata.name,
+        int(registers[1]),
+        int(registers[2]),
+        compiled.metadata.shared,
+        products=len(_PRODUCT.findall(compiled.asm["ttir"])),
+        tensor_core=len(_TENSOR_CORE.findall(compiled.asm["ptx"])),
     )
 
 
-def _output(*command: str | Path) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile, print a table, and exit with 1 if a kernel spills, does not fit or does not compile."""
+    """Compile, print a table, and exit with 1 if a kernel spills, does not fit, does not compile or grew."""
     parser = argparse.ArgumentParser(prog="python -m megalite_kernels.aot", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--arch", choices=ARCHITECTURES, required=True)
+    parser.add_argument("--arch", choices=ARCHITECTURES, help="only this one")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
-    parser.add_argument("--json", type=Path, help="also write what was found to this file")
+    parser.add_argument("--golden", type=Path, metavar="DIR", help="compare registers with DIR's files")
+    parser.add_argument("--write", action="store_true", help="write DIR's files instead")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("names", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.worker:
-        _work(options.names, options.arch)
+        _work()
         return 0
-    found = compile_cases(case_names(options.match), options.arch)
+    if options.write and (options.golden is None or options.match):
+        parser.error("--write needs --golden DIR and every case: no --match")
+    architectures = [options.arch] if options.arch else list(ARCHITECTURES)
+    names = case_names(options.match)
+    everything = compile_cases([(arch, name) for arch in architectures for name in names])
     bad = 0
-    for name, result in found.items():
-        wrong = problems(result, options.arch)
-        bad += bool(wrong)
-        print(name, *(wrong or [_summary(part) for part in result]), sep="  ")
-    print(f"{len(found)} cases, {bad} with problems")
-    if options.json:
-        lines = {name: r if isinstance(r, str) else [asdict(part) for part in r] for name, r in found.items()}
-        options.json.write_text(json.dumps(lines, indent=1) + "\n")
+    for arch in architectures:
+        found = {name: everything[arch, name] for name in names}
+        for name, result in found.items():
+            wrong = problems(result, arch)
+            bad += bool(wrong)
+            print(arch, name, *(wrong or [_summary(part) for part in result]), sep="  ")
+        if options.write:
+            write_golden(options.golden, arch, found)
+        elif options.golden:
+            golden = {n: r for n, r in read_golden(options.golden, arch).items() if options.match in n}
+            wrong = changes(golden, found)
+            bad += len(wrong)
+            print(*(f"{arch}  {line}" for line in wrong), sep="\n", end="\n" if wrong else "")
+    print(f"{len(everything)} cases, {bad} with problems")
     return 1 if bad else 0
 
 
 def _summary(part: Any) -> str:
-    core = f", {part.tensor_core} tensor-core instructions" if part.tensor_core else ""
+    core = f", {part.tensor_core} tensor-core instructions" if part.products else ""
     return f"{part.registers} registers, {part.shared_bytes} bytes{core}"
 
 

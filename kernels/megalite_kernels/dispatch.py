@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal
@@ -15,6 +17,7 @@ Impl = Literal["auto", "triton", "torch", "reference"]
 Resolved = Literal["triton", "torch", "reference"]
 IMPLS: tuple[Impl, ...] = ("auto", "triton", "torch", "reference")
 VARIABLE = "MEGALITE_KERNELS"
+_asked: list[tuple[str, str]] | None = None
 
 
 def resolve(impl: Impl, operation: str, x: Tensor, variant: str = "") -> Resolved:
@@ -27,6 +30,8 @@ def resolve(impl: Impl, operation: str, x: Tensor, variant: str = "") -> Resolve
     Raises:  ValueError for any other word, naming where it came from, and for "triton" where no kernel
              can run
     """
+    if _asked is not None:
+        _asked.append((operation, variant))
     asked: str = impl
     origin = "impl"
     if asked == "auto":
@@ -46,6 +51,17 @@ def resolve(impl: Impl, operation: str, x: Tensor, variant: str = "") -> Resolve
             raise ValueError(f"{origin}='triton' with {missing}: kernels run on CUDA; use torch")
         return "triton"
     raise ValueError(f"{origin}={asked!r} is no kernel implementation; use one of {', '.join(IMPLS)}")
+
+
+@contextmanager
+def recording_choices() -> Iterator[list[tuple[str, str]]]:
+    """Within it the list gets every operation and variant that `resolve` is asked about, in order."""
+    global _asked
+    before, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = before
 
 
 @cache

@@ -1,0 +1,1 @@
+"""Measurements: scripts that print tables, with their results beside them."""

@@ -1,0 +1,1 @@
+"""What launch/gpu_check runs: checks and measurements of the kernels on one GPU."""

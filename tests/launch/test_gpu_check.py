@@ -1,0 +1,192 @@
+"""launch/gpu_check where there is no GPU: one line and exit code 2; and all of it rehearsed, tiny, on CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu import check
+from benchmarks.gpu.figures import choices, floor_seconds, row
+
+ROOT = Path(__file__).parents[2]
+
+
+def _gpu_check(*args: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [ROOT / "launch/gpu_check", *args],
+        cwd=cwd,
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_exits_2(tmp_path: Path) -> None:
+    done = _gpu_check("--out", str(tmp_path / "out"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "gpu_check: no CUDA GPU here; the checks that need none are in launch/test\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_torch_it_says_so_and_exits_2(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    done = _gpu_check(PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu_check: no torch in ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_rehearsal_runs_every_stage_and_reports_no_figure(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = _gpu_check(
+        "--rehearse",
+        "--out",
+        str(tmp_path),
+        "--only",
+        "tests,kernels",
+        "--minutes",
+        "60",
+        TRITON_INTERPRET="1",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = _stages(tmp_path)["kernels"]
+    assert not (tmp_path / "choices.json").exists()
+    assert all(
+        kernels[f"ceiling/{name}"].keys() <= {"flops_per_s", "bytes_per_s", "took_s"}
+        for name in ("gemm", "copy")
+    )
+    for name, result in kernels.items():
+        if not name.startswith("ceiling/"):
+            assert result["cost"], name
+            assert not any(result["seconds"].values()), name
+    assert all(result["passed"] for result in _stages(tmp_path)["tests"].values())
+
+    done = _gpu_check("--rehearse", "--out", str(tmp_path), "--only", "steps,convergence")
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = _stages(tmp_path)["steps"]
+    assert {name.split("/")[1] for name in steps} == {"125m", "1b", "3b", "8b"}
+    assert not any("tokens_per_s" in result for result in steps.values())
+    assert _stages(tmp_path)["convergence"]["convergence"]["steps"] == 3
+
+
+def _stages(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "results.json").read_text())["stages"]
+    return content
+
+
+@pytest.mark.slow
+def test_without_pydantic_the_stages_that_need_it_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "pydantic.py").write_text("raise ImportError")
+    done = _gpu_check(
+        "--rehearse", "--out", str(tmp_path / "out"), "--only", "steps,convergence", PYTHONPATH=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("steps", "convergence"):
+        assert _stages(tmp_path / "out")[name][name]["left_out"].startswith("needs pydantic")
+
+
+# --- a stage's process that dies, hangs or is cut short -----------------------------------------------
+
+WORKER = """
+import json, os, sys, time
+done = json.loads(sys.stdin.read())
+print("a library prints", flush=True)
+for name in ("first", "second", "third"):
+    if name in done:
+        continue
+    print("\\x1e" + json.dumps({"begin": name}), flush=True)
+    if name == "second":
+        print("what it died of", file=sys.stderr, flush=True)
+        ACTION
+    print("\\x1e" + json.dumps({"item": name, "passed": True}), flush=True)
+"""
+
+
+def _stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, budget_s: float) -> dict[str, Any]:
+    program = tmp_path / "worker.py"
+    program.write_text(WORKER.replace("ACTION", action))
+    shim = tmp_path / "python"
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" "$@"\n')
+    shim.chmod(0o755)
+    monkeypatch.setattr(check.sys, "executable", str(shim))
+    return dict(check._run_stage("tests", "cpu", budget_s))
+
+
+def test_an_item_that_kills_its_process_is_told_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = _stage(tmp_path, monkeypatch, "os._exit(9)", 60)
+    assert found == {
+        "first": {"passed": True},
+        "second": {"failed": "its process ended with 9: what it died of"},
+        "third": {"passed": True},
+    }
+
+
+def test_an_item_that_hangs_is_cut_at_its_stages_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "_GRACE_S", 2)
+    found = _stage(tmp_path, monkeypatch, "time.sleep(600)", 0)
+    assert found["second"] == {"failed": "it did not end within its stage's time"}
+    assert found["first"] == found["third"] == {"passed": True}
+
+
+def test_results_are_on_disk_after_each_item(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = check.Results(tmp_path, {"gpu": "x"})
+    results.add("tests", "a", {"passed": True, "error": 0.1, "allowed": 0.2})
+    assert _stages(tmp_path) == {"tests": {"a": {"passed": True, "error": 0.1, "allowed": 0.2}}}
+    results.add("tests", "b", {"passed": False, "why": "bits"})
+    results.add("tests", "c", {"failed": "it died"})
+    assert results.failures() == ["b", "c"]
+    assert capsys.readouterr().out.splitlines() == [
+        "a  ok (error 1.00e-01, allowed 2.00e-01)",
+        "b  WRONG: bits",
+        "c  FAILED: it died",
+    ]
+
+
+# --- what measurements say ------------------------------------------------------------------------------
+
+CEILINGS = {"flops_per_s": 100e12, "bytes_per_s": 1e12}
+RACE = {
+    "operation": "norm",
+    "variant": "rms_norm/4096",
+    "cost": {"forward": {"flops": 1, "bytes": 2 * 10**9}, "backward": {"flops": 2 * 10**12, "bytes": 1}},
+    "seconds": {"forward": {"triton": 4e-3, "torch": 8e-3}, "backward": {"triton": 40e-3, "torch": 36e-3}},
+    "peak_bytes": {"triton": 2**20, "torch": None},
+    "left_out": {"liger": "not installed"},
+}
+
+
+def test_a_race_is_printed_as_rates_and_shares_of_the_floor() -> None:
+    assert floor_seconds(RACE["cost"]["forward"], **CEILINGS) == 2e-3  # type: ignore[index]
+    assert row("kernels", "n", RACE, CEILINGS).splitlines() == [
+        "n  forward  triton 4.000 ms 0.5 TB/s 50% | torch 8.000 ms 0.25 TB/s 25%",
+        "n  backward  torch 36.000 ms 55.56 TFLOP/s 56% | triton 40.000 ms 50 TFLOP/s 50%",
+        "n  peak  triton 1 MiB",
+        "n  without liger: not installed",
+    ]
+    assert row("kernels", "n", RACE, None).splitlines()[0] == "n  forward  triton 4.000 ms | torch 8.000 ms"
+
+
+def test_choices_follow_the_measured_times() -> None:
+    other = {**RACE, "seconds": {"forward": {"triton": 1.0, "torch": 4.0}}}
+    unmeasured = {**RACE, "variant": "rms_norm/64", "seconds": {"forward": {}}}
+    assert choices([RACE]) == {"norm": {"rms_norm/4096": {"winner": "torch", "speedup": 1.0}}}
+    assert choices([RACE, other, unmeasured, {"flops_per_s": 1}, {"failed": "x"}]) == {
+        "norm": {"rms_norm/4096": {"winner": "triton", "speedup": 2.0}}
+    }
+    slower = {**RACE, "seconds": {"forward": {"triton": 2.0, "torch": 1.0}}}
+    assert choices([slower]) == {"norm": {"rms_norm/4096": {"winner": "torch", "speedup": 0.5}}}
