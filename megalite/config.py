@@ -226,6 +226,15 @@ class ResilienceConfig(Section):
     comm_timeout_s: float = Field(
         600.0, gt=0, description="a collective slower than this ends the run (exit 76)"
     )
+    hang_timeout_s: float = Field(
+        60.0, gt=0, description="a step slower than this and than 10 median ones ends the run (exit 76)"
+    )
+    straggler_every_steps: int = Field(
+        10, ge=0, description="compare the ranks' computing times every n steps; 0 never"
+    )
+    digest_every_steps: int = Field(
+        100, ge=0, description="compare replicated weights every n steps and before each save; 0 only before"
+    )
 
 
 class LogConfig(Section):

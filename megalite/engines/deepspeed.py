@@ -39,7 +39,7 @@ from megalite.optim.zero import STATE_KINDS
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.layers import TensorParallel
 from megalite.parallel.mesh import Mesh
-from megalite.parallel.sharding import FlatRange, ShardSpec, shard_specs
+from megalite.parallel.sharding import FlatRange, Replica, ShardSpec, replicas, shard_specs
 
 
 def load(device: torch.device, precision: str = "fp32") -> Any:
@@ -222,6 +222,18 @@ class DeepSpeedEngine:
                     if part.piece.copies.rank == 0:
                         mine = values[_place(partition, part)]
                         yield TensorSlice(kind, partition.name, spec.shape, part.start, part.stop, mine)
+
+    def replicas(self) -> Iterator[Replica]:
+        """See `Engine`. At stage 3 the shards of what tensor parallelism gives several ranks."""
+        if self.config.mesh.zero_stage < 3:
+            for name, parameter in self.model.named_parameters():
+                yield from replicas(name, self.specs[name], parameter.detach().view(-1), self.mesh.dp)
+            return
+        for partition in self.state.partitions:
+            for part in self.specs[partition.name].ranges(partition.start, partition.stop):
+                if part.piece.copies.size > 1:
+                    values = self.state.read("weight", partition)[_place(partition, part)]
+                    yield Replica(partition.name, values, part.piece.copies)
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """See `Engine`.

@@ -25,7 +25,7 @@ from megalite.parallel.layers import TensorParallel
 from megalite.parallel.mesh import Mesh
 from megalite.parallel.pipeline import Pipeline, Program, build_programs
 from megalite.parallel.schedule import build_evaluation, build_schedule
-from megalite.parallel.sharding import shard_specs
+from megalite.parallel.sharding import Replica, shard_specs
 
 
 class NativeEngine:
@@ -112,6 +112,10 @@ class NativeEngine:
             shard = self.optimizer.state(kind)
             for owned in owned_ranges:
                 yield TensorSlice(kind, owned.name, owned.shape, owned.start, owned.stop, shard[owned.shard])
+
+    def replicas(self) -> Iterator[Replica]:
+        """See `Engine`."""
+        return self.optimizer.held_by_others()
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """See `Engine`.
