@@ -34,6 +34,7 @@ from megalite.optim.lr import learning_rate
 from megalite.parallel.collectives import all_reduce, gather_json
 from megalite.parallel.mesh import Mesh
 from megalite.resilience.preempt import PreemptionFlag
+from megalite.resilience.rank_watch import RankWatch
 from megalite.version import code_version
 
 T = TypeVar("T")
@@ -81,6 +82,7 @@ class Trainer:
         # Not before: a config that does not fit the run in run_dir must leave its files alone.
         self._together(self._prepare_run_dir)
         self.log = RunLog(self.run_dir, mesh.rank == 0, config.train.steps, config.log.every_steps)
+        self.watch = RankWatch(config, mesh, self.engine, self.log)
         self._announce(found)
 
     # --- the loop -------------------------------------------------------------------------------
@@ -103,12 +105,14 @@ class Trainer:
                 world=self.mesh.dp.size,
                 prefetch=self.config.data.prefetch,
             ) as stream,
+            self.watch,
         ):
             self.log.resume(self.step)
             while self.step < train.steps:
                 began, waited = time.perf_counter(), stream.wait_s
                 rate = learning_rate(self.config.optim, self.step, train.steps)
-                report = self.train_step(next(stream), rate, flag.requested)
+                with self.watch.step(self.step + 1):
+                    report = self.train_step(next(stream), rate, flag.requested)
                 self.step += 1
                 self.position += train.global_batch_size
                 self.tokens += report.tokens if report.is_applied else 0
@@ -183,6 +187,7 @@ class Trainer:
         """
         if self._saved_step == self.step:
             return
+        self.watch.check_replicas(self.step)
         meta = {
             "applied_steps": self.engine.applied_steps,
             "loss_scale": self.engine.loss_scale.state(),

@@ -129,7 +129,7 @@ class ZeroOptimizer:
         return {"weight": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}[kind]
 
     def held_by_others(self) -> Iterator[Replica]:
-        """What this rank shares with others: weights that are whole, and masters of other groups of shards."""
+        """Weights that others hold whole as well, and masters that are in other groups of shards too."""
         for slot, values in self.weights.kept():
             yield from replicas_of(slot.name, slot.spec, values, self._dp)
         if self._replicas.size > 1 and not self.weights.is_master:

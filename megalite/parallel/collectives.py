@@ -9,7 +9,6 @@ bytes from another host are not to be executed.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,7 +50,7 @@ class Pending:
 
         Raises:  PeerError
         """
-        began = time.monotonic()
+        began = flight_log.await_(self._place)
         with peer_errors():
             self._work.wait()
         flight_log.end(self._place, began)

@@ -16,6 +16,7 @@ import mmap
 import os
 import struct
 import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ _DTYPES = (
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _UNNAMED = len(_DTYPES)  # any other dtype
 
+UNDER_WAY, AWAITED = 0.0, -1.0
+
 _MAGIC = b"megalite"
 _HEAD = struct.Struct("<8sI")
 _RECORD = struct.Struct("<QQ4IHBBidd")  # number, bytes, shape, group, op, dtype, peer, begun, ended
@@ -44,7 +47,8 @@ _FILE_BYTES = _HEAD_BYTES + CAPACITY * _RECORD.size
 
 @dataclass(frozen=True)
 class Entry:
-    """One communication. Times are of the monotonic clock of its host; `ended` is 0 while it is awaited.
+    """One communication. Times are of the monotonic clock of its host; `ended` is `UNDER_WAY` until the host
+    waits for it, and `AWAITED` until it has it (a CUDA device may get there later).
 
     `ranks` are the group's, numbered in the world; for a message the sender and the receiver.
     """
@@ -74,14 +78,14 @@ class Entry:
 
 
 class FlightLog:
-    """Notes communications as they begin and end; each process has one, which a monitor may read any time.
-
-    `waited_s` adds up how long the host has waited for them to end.
-    """
+    """Notes communications as they begin and end; each process has one, which a monitor may read any time."""
 
     def __init__(self) -> None:
         self.count = 0  # communications ever begun
-        self.waited_s = 0.0
+        self._waited_s = 0.0
+        # On a CUDA device, whose host does not wait: events before and after each wait of its stream.
+        self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] | None = None
+        self._stalled: torch.cuda.Event | None = None
         self._buffer: bytearray | mmap.mmap = bytearray(_FILE_BYTES)
         self._path: Path | None = None
         self._who: dict[str, Any] = {}
@@ -104,18 +108,45 @@ class FlightLog:
         code, number = counter
         # fmt: off
         _RECORD.pack_into(self._buffer, place, number, tensor.nbytes, a, b, c, d, code, op, dtype, peer,
-                          time.monotonic(), 0.0)
+                          time.monotonic(), UNDER_WAY)
         # fmt: on
         self.count = index + 1
         return index
 
+    def await_(self, index: int) -> float:
+        """Note that the host begins to wait for it; returns the time, which `end` wants to know."""
+        self._set_ended(index, AWAITED)
+        if self._stalls is not None:
+            self._stalled = _recorded_event()
+        return time.monotonic()
+
     def end(self, index: int, wait_began: float) -> None:
-        """Note that the host has it, after having waited since `wait_began` on the monotonic clock."""
+        """Note that the host has it."""
         now = time.monotonic()
-        self.waited_s += now - wait_began
-        if self.count - index <= CAPACITY:
+        self._waited_s += now - wait_began
+        self._set_ended(index, now)
+        if self._stalls is not None and self._stalled is not None:
+            self._stalls.append((self._stalled, _recorded_event()))
+
+    def time_device(self) -> None:
+        """From now on time the current CUDA stream's waits too."""
+        self._stalls = deque()
+
+    def take_waited_s(self) -> float:
+        """How long the host, or the CUDA stream, has waited for others since the last call."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        while self._stalls:
+            begun, ended = self._stalls[0]
+            if not ended.query():  # type: ignore[no-untyped-call]
+                break  # the rest is for the next call
+            waited_s += begun.elapsed_time(ended) / 1000
+            self._stalls.popleft()
+        return waited_s
+
+    def _set_ended(self, index: int, value: float) -> None:
+        if self.count - index <= CAPACITY:  # else another has its place
             place = _HEAD_BYTES + index % CAPACITY * _RECORD.size + _RECORD.size - _ENDED.size
-            _ENDED.pack_into(self._buffer, place, now)
+            _ENDED.pack_into(self._buffer, place, value)
 
     def attach(self, path: Path, who: dict[str, Any]) -> None:
         """Continue in a file, under what `who` says of this process.
@@ -167,6 +198,12 @@ class FlightLog:
         if len(text) <= _HEAD_BYTES - _HEAD.size:
             self._buffer[_HEAD.size : _HEAD.size + len(text)] = text
             _HEAD.pack_into(self._buffer, 0, _MAGIC, len(text))
+
+
+def _recorded_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 flight_log = FlightLog()

@@ -85,7 +85,7 @@ class Replica(NamedTuple):
 
 
 def replicas(name: str, spec: ShardSpec, values: Tensor, dp: Axis) -> Iterator[Replica]:
-    """Who else holds a rank's part of a parameter, flattened: all of it the ranks of `dp`, some of it others."""
+    """Who else holds a rank's part of a parameter, `values` [n]: the ranks of `dp` all of it, others some."""
     if dp.size > 1:
         yield Replica(name, values, dp)
     for part in spec.ranges():

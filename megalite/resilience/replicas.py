@@ -66,7 +66,11 @@ def _compare(axis: Axis, held: list[Replica], device: torch.device) -> list[dict
         return []
     ranks = dist.get_process_group_ranks(axis.group)
     return [
-        {"tensor": held[column].name, "group": axis.name, "ranks": _by_value(ranks, table[:, column].tolist())}
+        {
+            "tensor": held[column].name,
+            "group": axis.name,
+            "ranks": _by_value(ranks, table[:, column].tolist()),
+        }
         for column in (table != table[0]).any(0).nonzero().flatten().tolist()
     ]
 
