@@ -187,7 +187,8 @@ def _where(state: RankState) -> str:
     others = [frames for name, frames in state.stacks.items() if waits and name != "MainThread"]
     tops = [next((frame for frame in main if not _is_wait(frame)), "")]
     tops += [frames[0] for frames in others if not _is_wait(frames[0])]
-    return f"in step {state.step}" + " and ".join(f" at {top}" for top in tops if top)
+    places = " and ".join(f"at {top}" for top in tops if top)
+    return f"in step {state.step} {places}".rstrip()
 
 
 def _is_wait(frame: str) -> bool:

@@ -54,7 +54,7 @@ def test_a_message_that_was_not_sent() -> None:
         [state(0, entry(3, **message, op="send")), state(1, entry(4, AWAITED, **message, op="receive"))]
     )
     assert verdict.culprits == (0,)
-    assert "rank 1 waits in receive number 4 of group pp (rank 0 → rank 1, 40 bytes" in verdict.text
+    assert "rank 1 waits in receive number 4 of group pp (rank 0 → 1, 40 bytes" in verdict.text
 
 
 def test_ranks_that_wait_for_one_another() -> None:
