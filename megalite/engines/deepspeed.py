@@ -29,6 +29,7 @@ from megalite.checkpoint.format import TensorSlice
 from megalite.checkpoint.store import Checkpoint
 from megalite.config import Config
 from megalite.data.loader import Batch
+from megalite.engines.deepspeed_comm import note_collectives
 from megalite.engines.deepspeed_state import DeepSpeedState, Partition, open_state
 from megalite.engines.engine import DTYPES, StepSums
 from megalite.errors import ConfigError
@@ -169,6 +170,7 @@ class DeepSpeedEngine:
             mpu=unit,
             dist_init_required=False,
         )[0]
+        note_collectives(self.library)
         self.state: DeepSpeedState = open_state(self.engine, dict(model.named_parameters()))
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> StepSums:

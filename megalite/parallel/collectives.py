@@ -1,6 +1,7 @@
 """Collectives over one axis of the mesh; each does nothing on an axis of size one.
 
-All of our communication goes through here, and is noted in the flight log.
+All of our communication goes through here, and is noted in the flight log (what DeepSpeed does by itself:
+`engines.deepspeed_comm`).
 
 Control messages travel as JSON bytes in integer tensors: torch's `*_object` collectives pickle, and
 bytes from another host are not to be executed.

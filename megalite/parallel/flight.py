@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 CAPACITY = 256
-OPS = ("all_reduce", "reduce_scatter", "all_gather", "send", "receive")
-ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, SEND, RECEIVE = range(len(OPS))
+OPS = ("all_reduce", "reduce_scatter", "all_gather", "send", "receive", "reduce", "broadcast")
+ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, SEND, RECEIVE, REDUCE, BROADCAST = range(len(OPS))
 _DTYPES = (
     *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
     *(torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool),

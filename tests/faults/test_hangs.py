@@ -17,6 +17,7 @@ import pytest
 from megalite.cli import main
 from megalite.config_file import to_toml
 from megalite.data.loader import DataLoader
+from megalite.engines.deepspeed import DeepSpeedEngine
 from megalite.engines.native import NativeEngine
 from megalite.errors import DataError
 from megalite.trainer import Trainer
@@ -67,13 +68,14 @@ def refuse() -> None:
 FAULTS = {f.__name__: f for f in (sleep_for_ever, hold_the_interpreter, stop, die, refuse)}
 
 
-def train(config: str, run_dir: str, fault: str, where: str, faulty: int) -> None:
+def train(config: str, run_dir: str, fault: str, where: str, faulty: int, *overrides: str) -> None:
     """The command, with a fault on one rank in its fourth step."""
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     rank = int(os.environ["RANK"])
     os.dup2(os.open(f"{run_dir}/said_{rank}", os.O_WRONLY | os.O_CREAT), 2)
     os.environ["MEGALITE_EXIT_FILE"] = f"{run_dir}/exits.jsonl"
-    owner = {"forward_backward": NativeEngine, "micro_batches": DataLoader, "_agree_on_sums": Trainer}[where]
+    engine = DeepSpeedEngine if overrides else NativeEngine
+    owner = {"forward_backward": engine, "micro_batches": DataLoader, "_agree_on_sums": Trainer}[where]
     real, calls = getattr(owner, where), []
 
     def faulty_one(self: Any, *args: Any) -> Any:
@@ -86,14 +88,14 @@ def train(config: str, run_dir: str, fault: str, where: str, faulty: int) -> Non
         return real(self, *args)
 
     setattr(owner, where, faulty_one)
-    sys.exit(main(["train", config, f"run_dir={run_dir}"]))
+    sys.exit(main(["train", config, f"run_dir={run_dir}", *overrides]))
 
 
 def hang(
-    config: Path, run: Path, world: int, fault: str, where: str = "forward_backward", faulty: int = 1
+    config: Path, run: Path, world: int, fault: str, where: str, faulty: int, *overrides: str
 ) -> tuple[list[int], float, str]:
     """Exit codes, seconds until the ranks without the fault had left, and what was said."""
-    processes = spawn_ranks(train, world, str(config), str(run), fault, where, faulty)
+    processes = spawn_ranks(train, world, str(config), str(run), fault, where, faulty, *overrides)
     limit = time.monotonic() + 60
     while not (run / "struck").exists():
         assert time.monotonic() < limit
@@ -164,3 +166,14 @@ def test_the_culprit_is_named(
     (folder,) = (run / "hangs").iterdir()
     assert "MainThread, innermost first:" in (folder / "report.txt").read_text()
     assert 76 in [json.loads(line)["code"] for line in (run / "exits.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_own_collectives_are_seen(config: Path, tmp_path: Path, stage: int) -> None:
+    engine = ('mesh.zero_engine="deepspeed"', f"mesh.zero_stage={stage}")
+    codes, _, said = hang(config, tmp_path / "run", 2, "sleep_for_ever", "forward_backward", 1, *engine)
+    assert codes == [76, 76]
+    assert "rank 1 on" in said
+    assert "is behind, in step 4 at" in said
+    assert re.search(r"rank 0 waits in \w+ number \d+ of group world", said), said
