@@ -115,7 +115,7 @@ class NativeEngine:
 
     def replicas(self) -> Iterator[Replica]:
         """See `Engine`."""
-        return self.optimizer.held_by_others()
+        return self.optimizer.replicas()
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """See `Engine`.

@@ -128,7 +128,7 @@ class ZeroOptimizer:
         """This rank's shard of one kind of state; fp32 [shard]."""
         return {"weight": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}[kind]
 
-    def held_by_others(self) -> Iterator[Replica]:
+    def replicas(self) -> Iterator[Replica]:
         """Weights that others hold whole as well, and masters that are in other groups of shards too."""
         for slot, values in self.weights.kept():
             yield from replicas_of(slot.name, slot.spec, values, self._dp)

@@ -17,6 +17,7 @@ import os
 import struct
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,8 @@ class FlightLog:
             mapped.close()
             if not keeps_file:
                 self._path.unlink(missing_ok=True)
+                with suppress(OSError):  # others' are still there
+                    self._path.parent.rmdir()
             self._path = None
 
     def entries(self) -> list[Entry]:
