@@ -113,9 +113,9 @@ def _usual(entry: Entry, entries: Iterable[Entry]) -> list[tuple[str, int, str]]
     ]
 
 
-def _series(entry: Entry) -> tuple[bool, tuple[int, ...]]:
+def _series(entry: Entry) -> tuple[bool, str, tuple[int, ...]]:
     """What is numbered together: a group's collectives, or the messages from one rank to another."""
-    return entry.what[0] == "message", entry.ranks
+    return entry.what[0] == "message", entry.group, entry.ranks  # two groups may have the same ranks
 
 
 def _different(found: dict[int, Entry]) -> Verdict:

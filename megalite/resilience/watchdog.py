@@ -111,15 +111,19 @@ class Watchdog:
 
     def _watch(self) -> None:
         last, armed, count = time.monotonic(), 0.0, -1
+        watched: float | None = None  # when the step began that `stopped_s` is of
+        stopped_s = 0.0  # how long all of this process was stopped in it
         while not self._left.wait(_TICK_S):
             now, began, deadline_s = time.monotonic(), self._began, self.deadline_s
-            if now - last > _STOPPED_S and began is not None:
-                began = self._began = began + now - last
+            if began != watched:
+                watched, stopped_s = began, 0.0
+            elif now - last > _STOPPED_S:
+                stopped_s += now - last
             last = now
             if deadline_s is not None and now - armed > deadline_s / 8:
                 armed = now  # it goes off only if nobody comes here to put it off
                 faulthandler.dump_traceback_later(deadline_s, file=2)
-            if began is not None and deadline_s is not None and now - began > deadline_s:
+            if began is not None and deadline_s is not None and now - began - stopped_s > deadline_s:
                 self._end(f"step {self.number} did not end within {deadline_s:.0f} s")
             if flight_log.count == count and self.mesh.size > 1 and self.folder.exists():
                 self._end("another rank is in trouble")

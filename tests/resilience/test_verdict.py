@@ -103,3 +103,14 @@ def test_an_error_counts_before_silence_and_silence_before_place() -> None:
     verdict = judge([state(0, entry(5, AWAITED)), silent, state(2, entry(4))])
     assert verdict.culprits == (1,)
     assert "rank 1 on a is gone (its last: all_reduce number 5 of group world" in verdict.text
+
+
+def test_two_groups_of_the_same_ranks_are_counted_apart() -> None:
+    pair: dict[str, Any] = {"ranks": (0, 1)}
+    states = [
+        state(0, entry(7, **pair, group="dp"), entry(2, AWAITED, **pair, group="shard", bytes=8)),
+        state(1, entry(7, **pair, group="dp"), entry(1, **pair, group="shard", bytes=16)),
+    ]
+    verdict = judge(states)
+    assert verdict.culprits == (1,)
+    assert "rank 0 waits in all_reduce number 2 of group shard" in verdict.text
