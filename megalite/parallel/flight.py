@@ -11,6 +11,7 @@ together, and who has a lower number than the others has not come to what they w
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import os
@@ -83,6 +84,7 @@ class FlightLog:
 
     def __init__(self) -> None:
         self.count = 0  # communications ever begun
+        self._indices = itertools.count()  # which two threads may draw from at once
         self._waited_s = 0.0
         # On a CUDA device, whose host does not wait: events before and after each wait of its stream.
         self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] | None = None
@@ -102,7 +104,7 @@ class FlightLog:
         if counter is None:
             counter = self._counters[key] = [self._code(name, group), 0]
         counter[1] += 1
-        index = self.count
+        index = next(self._indices)
         a, b, c, d = (*tensor.shape, 0, 0, 0, 0)[:4]
         dtype = _DTYPE_CODES.get(tensor.dtype, _UNNAMED)
         place = _HEAD_BYTES + index % CAPACITY * _RECORD.size

@@ -15,6 +15,7 @@ from typing import Any
 
 from megalite.parallel.flight import AWAITED, Entry
 
+_BACKGROUND = "saving"  # the group of the thread that writes checkpoints, which no step waits for
 _BEFORE = 3  # how many collectives must have come before as they did now, for history to tell what comes next
 
 
@@ -39,9 +40,10 @@ class RankState:
     @property
     def awaited(self) -> list[Entry]:
         """What it waits for."""
+        entries = [entry for entry in self.entries if entry.group != _BACKGROUND]
         if self.is_host_bound:
-            return [entry for entry in self.entries if entry.ended == AWAITED]
-        return list({_series(entry): entry for entry in self.entries}.values())
+            return [entry for entry in entries if entry.ended == AWAITED]
+        return list({_series(entry): entry for entry in entries}.values())
 
     def last_number(self, entry: Entry) -> int:
         """The last number it has begun of what `entry` is one of; 0 for none."""
