@@ -31,13 +31,20 @@ examples:
       train configs/1b.toml run_dir=runs/a
   launch/supervise.py --run-dir runs/a -- launch/cluster.sh --hostfile hosts configs/1b.toml run_dir=runs/a
 
-restarted: 75 (stopped after a save), 76 (a peer was lost), death by a signal, any other failure.
+restarted: 75 (stopped after a save), 76 (a rank hung or was lost), death by a signal, any other failure.
 never restarted: 0 (done), 2 (a mistake in the input), 77 (diverged).
 SIGTERM, SIGINT and SIGUSR1 are passed on; then it waits for the command and exits with its code.
 """
-MEANINGS = {2: "a mistake in the input", 75: "stopped after a save", 76: "a peer was lost", 77: "diverged"}
+MEANINGS = {
+    2: "a mistake in the input",
+    75: "stopped after a save",
+    76: "a rank hung or was lost",
+    77: "diverged",
+}
 FINAL = {2, 77}  # a restart would meet the same again
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
+TOLD = {0, 2, 75, 76, 77}  # codes that only a rank's own can be
+_REMOTE_S = 25.0  # for ranks on other hosts to save and say so, once their launcher has ended
 _SETTLE_S = 1.0  # for processes that are ending on their own when their launcher has ended
 _STEP = re.compile(r"step_([0-9]{8,18})")
 
@@ -95,7 +102,13 @@ class Supervisor:
         while self.process.poll() is None and not self._is_over(self.stop_by):
             time.sleep(0.05)
         leftovers = self._end_leftovers(self.process)
-        return judge(self.process.wait(), read_exits(self.exits, written), leftovers)
+        status = self.process.wait()
+        if self.stop_by is not None and status not in TOLD:
+            # deepspeed leaves at once when it is told to stop, while ranks on other hosts still save.
+            until = min(self.stop_by, time.monotonic() + _REMOTE_S)
+            while not read_exits(self.exits, written) and not self._is_over(until):
+                time.sleep(0.05)
+        return judge(status, read_exits(self.exits, written), leftovers)
 
     def _end_leftovers(self, process: subprocess.Popen[bytes]) -> int:
         """End what outlives its launcher; how many processes there were that did not leave by themselves."""

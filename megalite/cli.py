@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
+import faulthandler
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from megalite import __version__
 from megalite.errors import ConfigError, DataError, HangError, MegaliteError
+from megalite.resilience.exits import record_exit
 from megalite.resilience.preempt import PreemptionFlag
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ examples:
   deepspeed --no_local_rank --module megalite train configs/1b.toml
   megalite train configs/70b.toml --dry-run
 
-exit codes: 0 done, 2 a mistake in the input, 75 stopped after a save, 76 a peer was lost, 77 diverged
+exit codes: 0 done, 2 a mistake in the input, 75 stopped after a save, 76 a rank hung or was lost, 77 diverged
 """
 
 _PLAN_HELP = """\
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
         raise
     finally:
-        _record_exit(code)
+        record_exit(code)
     return code
 
 
@@ -83,21 +83,6 @@ def _fail(error: MegaliteError) -> int:
         with suppress(OSError):  # the exit code counts, also where nobody listens any more
             print(f"megalite: {who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     return error.exit_code
-
-
-def _record_exit(code: int) -> None:
-    """Append the exit code of a failure to the file that launch/supervise.py names.
-
-    torchrun exits with 1 whatever its processes' codes were, and pdsh with the largest of several.
-    """
-    path = os.environ.get("MEGALITE_EXIT_FILE")
-    if code == 0 or not path:
-        return
-    record = {"rank": os.environ.get("RANK", "0"), "host": socket.gethostname(), "code": code}
-    with suppress(OSError):  # a full disk must not change how the run ends
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        os.write(file, json.dumps(record).encode() + b"\n")  # one write, so that ranks do not mix
-        os.close(file)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -196,6 +181,8 @@ def _run(config: Config, flag: PreemptionFlag) -> int:
     from megalite.parallel.mesh import MeshShape, build_mesh, close_mesh, world_size
     from megalite.trainer import Trainer
 
+    with suppress(AttributeError, OSError, ValueError):  # a stderr that is no file, as under pytest
+        faulthandler.enable()  # a backend that aborts says from where it was called
     # A layout that cannot be is refused before any process group is built.
     config.grad_accum_steps(config.data_parallel_size(world_size()))
     shape = MeshShape(config.mesh.tp, config.mesh.pp, config.kv_copies, config.mesh.zero_shard_size)

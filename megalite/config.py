@@ -341,6 +341,15 @@ class ResilienceConfig(Section):
     mtbf_hours: float = Field(
         50_000.0, gt=0, description="mean hours between failures of one process (and its share of the host)"
     )
+    hang_timeout_s: float = Field(
+        60.0, gt=0, description="a step slower than this and than 10 median ones ends the run (exit 76)"
+    )
+    straggler_every_steps: int = Field(
+        10, ge=0, description="compare the ranks' computing times every n steps; 0 never"
+    )
+    digest_every_steps: int = Field(
+        100, ge=0, description="compare replicated weights every n steps and before each save; 0 only before"
+    )
 
 
 class LogConfig(Section):

@@ -32,7 +32,15 @@ class PreemptedError(MegaliteError):
 
 
 class HangError(MegaliteError):
-    """A collective did not finish in time or a peer is gone; a restart continues the run."""
+    """A step or a collective did not finish in time or a peer is gone; a restart continues the run."""
+
+    exit_code = 76
+
+
+class ReplicaError(MegaliteError):
+    """Ranks that must hold the same weights do not. Every checkpoint was compared before it was written, so
+    a restart continues from a good one; where software or a broken device is the cause, it happens again, and
+    the supervisor gives up for want of progress."""
 
     exit_code = 76
 

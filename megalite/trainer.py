@@ -41,6 +41,7 @@ from megalite.parallel.mesh import Mesh
 from megalite.recovery import Recovery
 from megalite.resilience.ladder import Rollback, Spike
 from megalite.resilience.preempt import PreemptionFlag
+from megalite.resilience.rank_watch import RankWatch
 from megalite.resilience.rerun import blame, changed_ranks
 from megalite.run_data import PACKING_FOLDER, open_loaders, quarantine
 from megalite.spikes import write_report
@@ -76,6 +77,7 @@ class Trainer:
         together(self._prepare_run_dir, mesh)
         self.log = RunLog(self.run_dir, mesh.rank == 0, config.train.steps, config.log.every_steps)
         self.writer = Writer(config, mesh, self.log, self.step)
+        self.watch = RankWatch(config, mesh, self.engine, self.log)
         self._announce(found)
 
     # --- the loop -------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ class Trainer:
         Raises:  PreemptedError after a save when asked to stop; DivergedError
         """
         self._meter.start()
-        with self.log, self.writer:
+        with self.log, self.writer, self.watch:
             self.log.resume(self.step)
             while self.step < self.config.train.steps:
                 spike = self._run(flag)
@@ -102,9 +104,10 @@ class Trainer:
                 began, waited = time.perf_counter(), stream.wait_s
                 rate = learning_rate(self.config.optim, self.step, train.steps)
                 rate *= self.recovery.ladder.lr_factor(self.step)
-                batches = next(stream)
                 self.recovery.enter(self.loader.regime(self.position))
-                report = self.train_step(batches, rate, flag.requested)
+                with self.watch.step(self.step + 1):
+                    batches = next(stream)
+                    report = self.train_step(batches, rate, flag.requested)
                 self.step += 1
                 self.position += train.global_batch_size
                 self.tokens += report.tokens if report.is_applied else 0
@@ -227,6 +230,7 @@ class Trainer:
 
         Raises:  CheckpointError if the last save of this process failed; the older checkpoints are whole
         """
+        self.watch.check_replicas(self.step)
         losses = {key: record[key] for key in ("loss", "val_loss") if key in record}
         self.writer.save(self.step, self.position, self._meta() | losses, self.engine, is_last)
 

@@ -31,6 +31,7 @@ from megalite.checkpoint.snapshots import Snapshot, copy_to_host
 from megalite.checkpoint.store import Checkpoint
 from megalite.config import Config
 from megalite.data.batch import Batch
+from megalite.engines.deepspeed_comm import note_collectives
 from megalite.engines.deepspeed_state import DeepSpeedState, Partition, open_state
 from megalite.engines.engine import DTYPES, StepSums
 from megalite.errors import ConfigError
@@ -41,7 +42,7 @@ from megalite.optim.zero import STATE_KINDS
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.layers import TensorParallel
 from megalite.parallel.mesh import Mesh
-from megalite.parallel.sharding import FlatRange, ShardSpec, shard_specs
+from megalite.parallel.sharding import FlatRange, Replica, ShardSpec, replicas, shard_specs
 
 
 def load(device: torch.device, precision: str = "fp32") -> Any:
@@ -171,6 +172,7 @@ class DeepSpeedEngine:
             mpu=unit,
             dist_init_required=False,
         )[0]
+        note_collectives(self.library)
         self.state: DeepSpeedState = open_state(self.engine, dict(model.named_parameters()))
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> StepSums:
@@ -224,6 +226,18 @@ class DeepSpeedEngine:
         """See `Engine`. Of ranks that hold the same state the first gives it; nothing is communicated."""
         for kind, partition in self._kept():
             yield from self._slices(kind, partition, self.state.read(kind, partition))
+
+    def replicas(self) -> Iterator[Replica]:
+        """See `Engine`. At stage 3 the shards of what tensor parallelism gives several ranks."""
+        if self.config.mesh.zero_stage < 3:
+            for name, parameter in self.model.named_parameters():
+                yield from replicas(name, self.specs[name], parameter.detach().view(-1), self.mesh.dp)
+            return
+        for partition in self.state.partitions:
+            for part in self.specs[partition.name].ranges(partition.start, partition.stop):
+                if part.piece.copies.size > 1:
+                    values = self.state.read("weight", partition)[_place(partition, part)]
+                    yield Replica(partition.name, values, part.piece.copies)
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """See `Engine`.

@@ -18,6 +18,7 @@ from megalite.checkpoint.snapshots import Snapshot
 from megalite.checkpoint.store import Checkpoint
 from megalite.data.batch import Batch
 from megalite.optim.loss_scale import LossScale
+from megalite.parallel.sharding import Replica
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,6 +67,9 @@ class Engine(Protocol):
 
     def state_slices(self) -> Iterable[TensorSlice]:
         """What this rank contributes to a checkpoint: weights and optimizer state in fp32."""
+
+    def replicas(self) -> Iterable[Replica]:
+        """What this rank holds that other ranks must hold bit for bit as well, between two steps."""
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Restore weights, optimizer state and step count from a checkpoint of any layout."""

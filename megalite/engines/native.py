@@ -26,7 +26,7 @@ from megalite.parallel.layers import TensorParallel
 from megalite.parallel.mesh import Mesh
 from megalite.parallel.pipeline import Pipeline, Program, build_programs
 from megalite.parallel.schedule import build_evaluation, build_schedule
-from megalite.parallel.sharding import shard_specs
+from megalite.parallel.sharding import Replica, shard_specs
 
 
 class NativeEngine:
@@ -111,6 +111,10 @@ class NativeEngine:
     def state_slices(self) -> Iterator[TensorSlice]:
         """See `Engine`. Of ranks that hold the same state the first gives it."""
         return self._slices(self._shards())
+
+    def replicas(self) -> Iterator[Replica]:
+        """See `Engine`."""
+        return self.optimizer.replicas()
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """See `Engine`.

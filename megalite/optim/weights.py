@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megalite.optim.buckets import ROOT, Bucket, FlatLayout
+from megalite.optim.buckets import ROOT, Bucket, FlatLayout, Slot
 from megalite.parallel.collectives import Pending, start_all_gather
 
 
@@ -28,7 +28,7 @@ class Weights:
 
     `master` is this rank's fp32 shard. Where the compute dtype is fp32 as well and the shard serves as it is,
     no second copy is made. Where the shard is everything, `rounded` is it in the compute dtype, element for
-    element: whoever writes both has nothing to `publish`.
+    element: whoever writes both has nothing to `publish`. `is_master` says that the shard is the weights.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Weights:
         self._arriving: dict[int, Pending] = {}
         self._here: set[int] = set()
         self._in_backward = False
-        shares_master = self._aliases_master and layout.shard.size == 1
+        self.is_master = self._aliases_master and layout.shard.size == 1
         kept = [bucket for bucket in layout.buckets if not (gathers and bucket.decays)]
         low = min((bucket.start for bucket in kept), default=layout.size)
-        flat = master if shares_master else torch.zeros(layout.size - low, dtype=dtype, device=master.device)
-        self.rounded = flat if layout.shard.size == 1 and not shares_master else None
+        flat = master if self.is_master else torch.zeros(layout.size - low, dtype=dtype, device=master.device)
+        self.rounded = flat if layout.shard.size == 1 and not self.is_master else None
         for bucket in layout.buckets:
             if bucket in kept:
                 self._whole[bucket.index] = flat[bucket.start - low : bucket.stop - low]
@@ -70,6 +70,14 @@ class Weights:
             parameter.grad_dtype = None
             owner, _, leaf = slot.name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, parameter)
+
+    def kept(self) -> Iterator[tuple[Slot, Tensor]]:
+        """The parameters that are whole on this rank all the time, flattened."""
+        for bucket in self.layout.buckets:
+            if bucket.index not in self._parts:
+                whole = self._whole[bucket.index]
+                for slot in bucket.slots:
+                    yield slot, whole[slot.start - bucket.start : slot.stop - bucket.start]
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -17,7 +17,7 @@ Source:  Rajbhandari et al. 2020 (ZeRO), section 5; Zhang et al. 2022 (MiCS) for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -28,7 +28,8 @@ from megalite.optim.buckets import OwnedRange, lay_out, runs
 from megalite.optim.gradients import Gradients
 from megalite.optim.weights import Weights
 from megalite.parallel.mesh import ALONE, Mesh
-from megalite.parallel.sharding import shard_specs
+from megalite.parallel.sharding import Replica, shard_specs
+from megalite.parallel.sharding import replicas as replicas_of
 from megalite_kernels import adamw_, sum_of_squares
 
 STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -70,6 +71,7 @@ class ZeroOptimizer:
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 partial(self.gradients.collect, name=name)
             )
+        self._dp, self._replicas = mesh.dp, replicas
         # Of replicas the first one speaks, of ranks that tensor parallelism gives the same elements too.
         self.speaks = replicas.rank == 0
         owned = list(self.layout.owned_ranges())
@@ -124,6 +126,14 @@ class ZeroOptimizer:
     def state(self, kind: str) -> Tensor:
         """This rank's shard of one kind of state; fp32 [shard]."""
         return {"weight": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}[kind]
+
+    def replicas(self) -> Iterator[Replica]:
+        """Weights that others hold whole as well, and masters that are in other groups of shards too."""
+        for slot, values in self.weights.kept():
+            yield from replicas_of(slot.name, slot.spec, values, self._dp)
+        if self._replicas.size > 1 and not self.weights.is_master:
+            for owned in self.layout.owned_ranges():
+                yield Replica(f"the master of {owned.name}", self.master[owned.shard], self._replicas)
 
     def fill(self, kind: str, values: Callable[[OwnedRange], Tensor]) -> None:
         """Set one kind of state from `values`, which gives each owned range's fp32 elements."""

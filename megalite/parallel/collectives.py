@@ -1,5 +1,8 @@
 """Collectives over one axis of the mesh; each does nothing on an axis of size one.
 
+All of our communication goes through here, and is noted in the flight log (what DeepSpeed does by itself:
+`engines.deepspeed_comm`).
+
 Control messages travel as JSON bytes in integer tensors: torch's `*_object` collectives pickle, and
 bytes from another host are not to be executed.
 """
@@ -15,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.parallel.flight import ALL_GATHER, ALL_REDUCE, RECEIVE, REDUCE_SCATTER, SEND, flight_log
 from megalite.parallel.mesh import Axis
 
 
@@ -37,18 +41,27 @@ def peer_errors() -> Iterator[None]:
 
 
 class Pending:
-    """A communication that has been started."""
+    """A communication that has been started, and its place in the flight log."""
 
-    def __init__(self, work: dist.Work) -> None:
-        self._work = work
+    def __init__(self, work: dist.Work, place: int) -> None:
+        self._work, self._place = work, place
 
     def wait(self) -> None:
         """Have what follows see its result: the host on CPU, the current stream on CUDA.
 
         Raises:  PeerError
         """
+        began = flight_log.await_(self._place)
         with peer_errors():
             self._work.wait()
+        flight_log.end(self._place, began)
+
+
+def _begin(op: int, axis: Axis, tensor: Tensor, peer: int = -1) -> int:
+    """Note a communication that is about to be started over an axis of at least two."""
+    if axis.group is None:
+        raise ValueError("an axis of size one has nobody to communicate with")
+    return flight_log.begin(op, axis.name, axis.group, tensor, peer)
 
 
 def all_reduce(tensor: Tensor, axis: Axis) -> Tensor:
@@ -68,14 +81,16 @@ _reduce_scatter: Callable[..., dist.Work] = getattr(dist, "reduce_scatter_single
 
 def start_all_reduce(tensor: Tensor, axis: Axis) -> Pending:
     """Begin to sum `tensor` over an axis of at least two, in place; done once waited for."""
-    return Pending(dist.all_reduce(tensor, group=axis.group, async_op=True))
+    place = _begin(ALL_REDUCE, axis, tensor)
+    return Pending(dist.all_reduce(tensor, group=axis.group, async_op=True), place)
 
 
 def start_reduce_scatter(output: Tensor, tensor: Tensor, axis: Axis) -> Pending:
     """Begin to sum `tensor` [axis.size · n] over the axis; rank r's part [n] lands in `output`."""
+    place = _begin(REDUCE_SCATTER, axis, tensor)
     if tensor.device.type == "cpu":
-        return _Exchange(output, tensor, axis)
-    return Pending(_reduce_scatter(output, tensor, group=axis.group, async_op=True))
+        return _Exchange(output, tensor, axis, place)
+    return Pending(_reduce_scatter(output, tensor, group=axis.group, async_op=True), place)
 
 
 class _Exchange(Pending):
@@ -84,11 +99,12 @@ class _Exchange(Pending):
     Every rank sends every other its part, and sums what it gets in rank order.
     """
 
-    def __init__(self, output: Tensor, tensor: Tensor, axis: Axis) -> None:
+    def __init__(self, output: Tensor, tensor: Tensor, axis: Axis, place: int) -> None:
         self._output, self._tensor = output, tensor
         self._parts = tensor.new_empty(axis.size, *output.shape)
         received = self._parts.view(tensor.shape)
-        super().__init__(dist.all_to_all_single(received, tensor, group=axis.group, async_op=True))
+        work = dist.all_to_all_single(received, tensor, group=axis.group, async_op=True)
+        super().__init__(work, place)
 
     def wait(self) -> None:
         super().wait()
@@ -100,20 +116,23 @@ def start_all_gather(output: Tensor, part: Tensor, axis: Axis) -> Pending:
 
     Moved as bytes, since not every backend moves every floating dtype.
     """
+    place = _begin(ALL_GATHER, axis, output)
     whole, part = output.view(torch.uint8), part.view(torch.uint8)
-    return Pending(_all_gather(whole, part, group=axis.group, async_op=True))
+    return Pending(_all_gather(whole, part, group=axis.group, async_op=True), place)
 
 
 def start_send(tensor: Tensor, receiver: int, axis: Axis, tag: int) -> Pending:
     """Begin to send to a rank of the axis; the tensor must stay as it is until waited for."""
+    place = _begin(SEND, axis, tensor, receiver)
     with peer_errors():
-        return Pending(_posted(dist.isend(tensor, group=axis.group, group_dst=receiver, tag=tag)))
+        return Pending(_posted(dist.isend(tensor, group=axis.group, group_dst=receiver, tag=tag)), place)
 
 
 def start_receive(buffer: Tensor, sender: int, axis: Axis, tag: int) -> Pending:
     """Begin to receive from a rank of the axis into `buffer`."""
+    place = _begin(RECEIVE, axis, buffer, sender)
     with peer_errors():
-        return Pending(_posted(dist.irecv(buffer, group=axis.group, group_src=sender, tag=tag)))
+        return Pending(_posted(dist.irecv(buffer, group=axis.group, group_src=sender, tag=tag)), place)
 
 
 def _posted(work: dist.Work | None) -> dist.Work:

@@ -6,25 +6,28 @@ A `Mesh` is made once at start and handed down; no module keeps a process group 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megalite.errors import ConfigError
+from megalite.parallel.flight import flight_log
 
 
 @dataclass(frozen=True)
 class Axis:
     """One axis of the mesh as this process sees it.
 
-    `group` is None exactly when `size` is 1: there is nobody to talk to.
+    `group` is None exactly when `size` is 1: there is nobody to talk to. `name` is the group's in the
+    flight log, "world" whichever axis has all processes.
     """
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    name: str = field(default="world", compare=False)
 
 
 ALONE = Axis()
@@ -103,8 +106,8 @@ def build_mesh(timeout_s: float = 600.0, shape: MeshShape | None = None) -> Mesh
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
-    def axis(groups: list[list[int]]) -> Axis:
-        return _axis(groups, rank, timedelta(seconds=timeout_s))
+    def axis(name: str, groups: list[list[int]]) -> Axis:
+        return _axis(name, groups, rank, timedelta(seconds=timeout_s))
 
     shape = shape or MeshShape()
     model = shape.tp * shape.pp  # ranks that hold one whole model between them
@@ -118,21 +121,24 @@ def build_mesh(timeout_s: float = 600.0, shape: MeshShape | None = None) -> Mesh
     return Mesh(
         rank=rank,
         size=size,
-        dp=axis([list(range(place, size, model)) for place in range(model)]),
+        dp=axis("dp", [list(range(place, size, model)) for place in range(model)]),
         device=device,
         shard=axis(
+            "shard",
             [
                 list(range(low + place, low + width, model))
                 for low in range(0, size, width)
                 for place in range(model)
-            ]
+            ],
         ),
-        replicas=axis([list(range(place, size, width)) for place in range(width)]),
-        tp=axis(_blocks(size, shape.tp)),
-        kv=axis(_blocks(size, shape.kv_copies)),
-        pp=axis(pipelines),
-        ends=axis([sorted({pipeline[0], pipeline[-1]}) for pipeline in pipelines] + inner),
-        saving=Axis(rank, size, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))),
+        replicas=axis("replicas", [list(range(place, size, width)) for place in range(width)]),
+        tp=axis("tp", _blocks(size, shape.tp)),
+        kv=axis("kv", _blocks(size, shape.kv_copies)),
+        pp=axis("pp", pipelines),
+        ends=axis("ends", [sorted({pipeline[0], pipeline[-1]}) for pipeline in pipelines] + inner),
+        saving=Axis(
+            rank, size, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)), "saving"
+        ),
     )
 
 
@@ -145,7 +151,7 @@ def _blocks(size: int, width: int) -> list[list[int]]:
     return [list(range(low, low + width)) for low in range(0, size, width)]
 
 
-def _axis(groups: list[list[int]], rank: int, timeout: timedelta) -> Axis:
+def _axis(name: str, groups: list[list[int]], rank: int, timeout: timedelta) -> Axis:
     """My axis among `groups`, which part all ranks and which every rank gives in the same order."""
     if len(groups) == 1:
         return Axis(rank, len(groups[0]), dist.group.WORLD)
@@ -153,13 +159,14 @@ def _axis(groups: list[list[int]], rank: int, timeout: timedelta) -> Axis:
     for group in groups:  # a new group is made by all ranks together, whoever belongs to it
         handle = dist.new_group(group, timeout=timeout) if len(group) > 1 else None
         if rank in group and handle is not None:
-            mine = Axis(group.index(rank), len(group), handle)
+            mine = Axis(group.index(rank), len(group), handle, name)
     return mine
 
 
 def close_mesh(mesh: Mesh) -> None:
     """Leave the process group; every process calls it at the end of a run."""
     if mesh.size > 1 and dist.is_initialized():
+        flight_log.forget()
         dist.destroy_process_group()
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megalite.parallel.mesh import ALONE, Axis
 
@@ -74,6 +74,23 @@ class ShardSpec:
                 shift = piece.start * self.row_size - local
                 yield FlatRange(low + shift, high + shift, low, piece)
             local += size
+
+
+class Replica(NamedTuple):
+    """Values [n] that every rank of `axis` holds, the same to the bit; `name` says of what."""
+
+    name: str
+    values: Tensor
+    axis: Axis
+
+
+def replicas(name: str, spec: ShardSpec, values: Tensor, dp: Axis) -> Iterator[Replica]:
+    """Who else holds a rank's part of a parameter, `values` [n]: the ranks of `dp` all of it, others some."""
+    if dp.size > 1:
+        yield Replica(name, values, dp)
+    for part in spec.ranges():
+        if part.piece.copies.size > 1:
+            yield Replica(name, values[part.local : part.local + part.stop - part.start], part.piece.copies)
 
 
 def whole(shape: Sequence[int], copies: Axis = ALONE, is_partial: bool = False) -> ShardSpec:

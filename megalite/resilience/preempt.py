@@ -3,6 +3,9 @@
 One rank may hear a signal seconds before another (the deepspeed launcher signals its ranks one after
 another), so no rank saves on its own mark: the trainer agrees on it in the step's all-reduce, all save
 together, and the process exits with `PreemptedError.exit_code`.
+
+A launcher that dies tells its ranks nothing (`deepspeed` on any signal, torchrun on SIGKILL or SIGUSR1), and
+they would train on with nobody to stop them. To be without a launcher is to be asked to stop.
 """
 
 from __future__ import annotations
@@ -10,11 +13,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from megalite.errors import PreemptedError
 
+_ORPHAN_CHECK_S = 0.5  # between looks at whether the launcher still lives
 _REPEAT_S = 1.0  # launchers pass the terminal's Ctrl-C on, so one key press arrives twice at once
 
 
@@ -30,10 +36,22 @@ class PreemptionFlag:
     signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.requested = False
-        self.cause = ""  # name of the first signal heard
+        self.cause = ""  # name of the first signal heard, or what became of the launcher
+        self._is_heard = False
+        self._launchers = launchers()
+        self._looked_at = 0.0
         self._interrupted_at: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank has been asked to stop."""
+        now = time.monotonic()
+        if not self._is_heard and self._launchers and now - self._looked_at > _ORPHAN_CHECK_S:
+            self._looked_at = now
+            if any(parent_of(child) != parent for child, parent in self._launchers):
+                self.cause, self._is_heard = "launcher gone", True
+        return self._is_heard
 
     def __enter__(self) -> Self:
         """Install the handlers, keeping the previous ones."""
@@ -62,4 +80,27 @@ class PreemptionFlag:
             elif self._interrupted_at is None:
                 self._interrupted_at = now
         self.cause = self.cause or signal.Signals(number).name
-        self.requested = True
+        self._is_heard = True
+
+
+def launchers() -> list[tuple[int, int]]:
+    """(child, parent) for each link from this process up to the launcher's top, as it is now.
+
+    deepspeed has a helper on each host between its command, or the ssh session of it, and the ranks. A
+    process that a person or a batch system started has none: it may outlive whoever did.
+    """
+    me, parent = os.getpid(), os.getppid()
+    words = b""
+    with suppress(OSError):
+        words = Path(f"/proc/{parent}/cmdline").read_bytes()
+    if b"deepspeed.launcher.launch" in words:
+        return [(me, parent), (parent, parent_of(parent))]
+    return [(me, parent)] if "TORCHELASTIC_RUN_ID" in os.environ else []
+
+
+def parent_of(pid: int) -> int:
+    """The parent of a process, 0 if it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0

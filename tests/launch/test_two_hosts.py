@@ -62,11 +62,13 @@ def _environment(folder: Path) -> dict[str, str]:
     }
 
 
-def _start(folder: Path, host: Host, run: str, *overrides: str) -> subprocess.Popen[str]:
-    """The cluster launcher, started on `host`."""
+def _start(
+    folder: Path, host: Host, run: str, *overrides: str, before: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
+    """The cluster launcher, started on `host`, with what comes `before` it."""
     words = ["--hostfile", "hosts", "--interface", "eth0", str(folder / "tiny.toml"), f"run_dir={run}"]
     return subprocess.Popen(
-        host.command("env", "-C", str(folder), str(ROOT / "launch/cluster.sh"), *words, *overrides),
+        host.command("env", "-C", str(folder), *before, str(ROOT / "launch/cluster.sh"), *words, *overrides),
         env=_environment(folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -75,7 +77,7 @@ def _start(folder: Path, host: Host, run: str, *overrides: str) -> subprocess.Po
 
 
 def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not ((run / "metrics.jsonl").exists() and len(metrics(run)) >= step):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
@@ -150,3 +152,21 @@ def test_a_stopped_launcher_lets_both_hosts_save(folder: Path, hosts: tuple[Host
     output = process.communicate(timeout=60)[0]
     assert _nothing_runs(hosts, within_s=30), output
     assert len(list((folder / "stopped/checkpoints").glob("step_*"))) == 1, output
+
+
+def test_a_stopped_supervisor_waits_for_both_hosts_and_leaves_with_75(
+    folder: Path, hosts: tuple[Host, Host]
+) -> None:
+    run = folder / "supervised"
+    supervise = (sys.executable, str(ROOT / "launch/supervise.py"), "--run-dir", str(run), "--")
+    process = _start(
+        folder, hosts[0], str(run), "train.steps=5000", "checkpoint.every_steps=0", before=supervise
+    )
+    _wait_for_step(process, run, 5)
+    inside = hosts[0].run("pgrep", "-of", "launch/supervise.py").split()[0]
+    hosts[0].run("kill", f"-{signal.SIGTERM.value}", inside)
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode == 75, output
+    assert "left with 75, stopped after a save" in output
+    assert _nothing_runs(hosts, within_s=30), output
+    assert len(list((run / "checkpoints").glob("step_*"))) == 1, output

@@ -24,7 +24,7 @@ class _Broken:
 
 def test_every_wording_of_a_lost_peer_is_recognised() -> None:
     with pytest.raises(PeerError, match="pair closure") as caught:
-        Pending(cast(dist.Work, _Broken())).wait()
+        Pending(cast(dist.Work, _Broken()), 0).wait()
     assert isinstance(caught.value, dist.DistError)  # what the command line ends with 76 for
 
 

@@ -106,6 +106,34 @@ def test_whoever_hears_it_all_save_and_exit_75(tmp_path: Path, who: tuple[int, .
     check(open_checkpoint(tmp_path))
 
 
+ORPHAN = """
+import os, time
+from megalite.resilience.preempt import PreemptionFlag
+
+if os.fork():
+    time.sleep(0.2)
+    os._exit(0)
+flag = PreemptionFlag()
+assert not flag.requested
+deadline = time.monotonic() + 60
+while not flag.requested and time.monotonic() < deadline:
+    time.sleep(0.05)
+print(flag.cause, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "cause"), [({"TORCHELASTIC_RUN_ID": "x"}, "launcher gone"), ({}, None)]
+)
+def test_only_a_launcher_that_dies_is_a_request_to_stop(variables: dict[str, str], cause: str | None) -> None:
+    text = ORPHAN if cause else ORPHAN.replace("+ 60", "+ 2")
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"} | variables
+    done = subprocess.run(
+        [sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=90
+    )
+    assert done.stdout == f"{cause or ''}\n", done.stderr
+
+
 LATE_SIGNAL = """
 import os, signal, sys
 from megalite.errors import PreemptedError
