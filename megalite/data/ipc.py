@@ -61,9 +61,10 @@ def decode(
         batch.validate(full=True)
     if any(column.null_count for column in batch.columns):
         raise ValueError("nulls")
+    found = batch.num_rows, len(batch.column("tokens").values)
+    if found != (documents, tokens):
+        raise ValueError(f"{found[0]} documents, {found[1]} tokens, not {documents}, {tokens}")
     values, offsets = _lists(batch.column("tokens"))
-    if batch.num_rows != documents or values.size != tokens:
-        raise ValueError(f"{batch.num_rows} documents, {values.size} tokens, not {documents}, {tokens}")
     if (offsets[1:] <= offsets[:-1]).any():
         raise ValueError("documents without tokens")
     if not is_checked and (largest := int(values.max())) >= manifest.tokenizer.vocab_size:
@@ -83,7 +84,9 @@ def _lists(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
     if offsets[0] != 0 or offsets[-1] != len(values) or (offsets[1:] < offsets[:-1]).any():
         raise ValueError("offsets that do not cover the values")
     numbers: NDArray[Any] = values.to_numpy(zero_copy_only=True)
-    if (size := values.buffers()[1].size) != numbers.nbytes:  # it holds another type
+    buffer = values.buffers()[1]  # None where there are no values
+    size = buffer.size if buffer is not None else 0
+    if size != numbers.nbytes:  # it holds another type
         raise ValueError(f"{len(values)} values of {numbers.dtype} in {size} bytes")
     return numbers, offsets
 

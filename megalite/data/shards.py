@@ -294,11 +294,9 @@ class Dataset:
         self._open_bytes -= size
 
     def _close_shard(self, shard: int) -> None:
-        """Drop what points into a shard that is let go of; a copy may come back with other bytes."""
+        """Drop what points into a shard that is let go of."""
         blocks = range(self._first_blocks[shard], self._first_blocks[shard + 1])
         with self._lock:
-            if self._maps.are_copies:
-                self._checked[blocks.start : blocks.stop] = bytes(len(blocks))
             for number in [number for number in self._open if number in blocks]:
                 self._forget(number)
 
@@ -312,7 +310,8 @@ class Dataset:
 
         try:
             data = self._maps.map(shard).slice(offset, size)
-            is_checked = bool(self._checked[number])  # after `map`, which may have made a copy anew
+            # A copy may have gone and come back with other bytes, so it is checked every time.
+            is_checked = bool(self._checked[number]) and not self._maps.are_copies
             found = crc if is_checked else zlib.crc32(data)
             if found != crc and self._renew(shard):
                 data = self._maps.map(shard).slice(offset, size)

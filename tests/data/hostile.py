@@ -223,6 +223,8 @@ CASES: dict[str, Make] = {
     "an empty document": with_offsets([0, 2, 2, 4]),
     "a token beyond the vocabulary": with_offsets([0, 4], [1, 2, 3, 257]),
     "fewer tokens than counted": with_offsets([0, 3], [1, 2, 3]),
+    "no rows": with_batch({"tokens": pa.array([], LIST_U16), "doc_id": X[:0], "source": X[:0]}),
+    "no tokens": with_batch({"tokens": pa.array([[]], LIST_U16), "doc_id": X, "source": X}),
     "lists of lists": with_batch({"tokens": pa.array([[[1, 2], [3, 4]]]), "doc_id": X, "source": X}),
     "tokens as text": with_batch({"tokens": pa.array(["1234"]), "doc_id": X, "source": X}),
     "tokens as int64": with_batch({"tokens": pa.array([TOKENS]), "doc_id": X, "source": X}),

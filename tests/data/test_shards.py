@@ -64,7 +64,7 @@ def test_arrow_reads_the_files_and_agrees_on_offsets(tmp_path):
     assert [len(row) for row in table.column("tokens").to_pylist()] == LENGTHS
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), data=st.data())
 def test_read_any_range(tmp_path_factory, lengths, data):
     folder = tmp_path_factory.mktemp("read")
