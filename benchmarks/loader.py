@@ -125,10 +125,7 @@ def litdata(root: Path) -> Opened:
 
     def batches(start: int) -> Iterator[Any]:
         if start:
-            state = {"dataset": dataset.state_dict(start * BATCH, 0, BATCH), "current_epoch": 1}
-            loader.load_state_dict(
-                {**state, "num_samples_yielded": {0: start * BATCH}, "latest_worker_idx": 0}
-            )
+            dataset.load_state_dict(dataset.state_dict(start * BATCH, 1, BATCH))
         return iter(loader)
 
     return batches, len(dataset) // BATCH
@@ -270,7 +267,7 @@ def serve(name: str, root: Path) -> None:
         wall, cpu = time.perf_counter() - began, time.process_time() - cpu
         figures = {"wall": tokens / wall / 1e6, "cpu": tokens / cpu / 1e6, "rss": rss_mib()}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps(figures | {"grown": rss_mib() - half, "peak": peak}), flush=True)
+        print(json.dumps(figures | {"grown": rss_mib() - half if half else 0.0, "peak": peak}), flush=True)
 
 
 def run(names: list[str], root: Path, rounds: int) -> dict[str, Any]:

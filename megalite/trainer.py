@@ -313,8 +313,8 @@ class Trainer:
                 f"{mesh.size} processes = {sizes}; rank = (dp · {mesh.pp.size} + pp) · {mesh.tp.size} + tp"
             )
         if found is None:
-            self.log.event("start", 0, processes=self.mesh.size, parameters=self.engine.num_parameters)
-            self.log.event("data", 0, sources=self.loader.summary())
+            begun = {"processes": self.mesh.size, "parameters": self.engine.num_parameters}
+            self.log.event("start", 0, **begun, sources=self.loader.summary())
             for (file, block), reason in self.loader.bad_blocks.items():
                 self.log.event("bad_block", 0, file=file, batch=block, reason=reason, samples=[])
             return
