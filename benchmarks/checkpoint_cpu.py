@@ -29,7 +29,7 @@ from megalite.log import RunLog
 from megalite.parallel.mesh import Axis, Mesh
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"
-STEPS = 3  # before a save, and beside it
+STEPS = 1  # before a save, and beside it
 
 
 def build(folder: Path) -> tuple[Config, Mesh, NativeEngine, list[Batch]]:
@@ -92,13 +92,13 @@ def main() -> None:
                             kinds.setdefault(key, []).append(on_wall)
                             kinds.setdefault(f"{key}_cpu", []).append(on_cpu)
     result = {}
-    for name, kinds in found.items():
+    for mode, kinds in found.items():
         medians = {key: statistics.median(values) for key, values in kinds.items()}
-        stall = medians["stall_s"] / medians["step_s"]
-        result[name] = {key: round(value, 5) for key, value in medians.items()} | {
-            "stall_in_steps": round(stall, 4),
-            "share_at_every_1000_steps": f"{stall / 1000:.4%}",
-            "share_at_every_100_steps": f"{stall / 100:.4%}",
+        shares = {kind: medians[f"stall_s{kind}"] / medians[f"step_s{kind}"] for kind in ("", "_cpu")}
+        result[mode] = {key: round(value, 5) for key, value in medians.items()} | {
+            f"{name}{kind}": round(share / every, 6)
+            for kind, share in shares.items()
+            for name, every in (("share_of_a_step", 1), ("share_at_every_100_steps", 100))
         }
     print(json.dumps({"parameters": engine.num_parameters, **result}, indent=2))
 
