@@ -395,6 +395,11 @@ class Config(Section):
                 f"train.eval_every_steps={self.train.eval_every_steps} but data.validation is empty; "
                 "name a validation dataset or set it to 0"
             )
+        if self.checkpoint.keep_best and not self.train.eval_every_steps:
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} but train.eval_every_steps=0: nothing "
+                "says which is best; validate, at steps that are saved, or set it to 0"
+            )
         self._check_tp()
         self._check_pp()
         self._check_zero_engine()

@@ -128,6 +128,7 @@ MISTAKES = [
     (TOML, ["optim.schedule=wsd"], ["decay_steps=0", "wsd"]),
     (TOML, ["optim.decay_steps=3"], ["decay_steps=3", "cosine"]),
     (TOML, ["train.eval_every_steps=5"], ["train.eval_every_steps=5", "data.validation"]),
+    (TOML, ["checkpoint.keep_best=2"], ["checkpoint.keep_best=2", "train.eval_every_steps=0"]),
     (
         TOML,
         ["model.position=learned", "model.rope_scaling={type='linear', factor=2}"],

@@ -241,6 +241,9 @@ def slow_saves(mesh: Mesh, root: str) -> tuple[float, list[str]]:
         )
         writer.save(2, 20, {"version": 0}, Held(mesh, 2))
         between = [name for name in os.listdir(root) if not name.endswith(".tmp")]
+        found = writer.newest_before(5)  # waits as well
+        assert found is not None
+        check(found, 2)
     return stall_s, [*before, "then", *between]
 
 

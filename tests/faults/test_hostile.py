@@ -19,7 +19,7 @@ from megalite.convert import config_to_hf
 from megalite.errors import CheckpointError
 from megalite.hf_folder import read_hf
 from tests.checkpoint.helpers import save_step
-from tests.checkpoint.test_format import HOSTILE, Bomb, seal
+from tests.checkpoint.test_format import HOSTILE, seal
 from tests.ranks import SOLO, join_ranks, spawn_ranks
 from tests.tiny_runs import tiny_config
 
@@ -167,19 +167,40 @@ def test_hostile_safetensors_of_others_are_refused(tmp_path: Path) -> None:
     assert join_ranks(spawn_ranks(refuse_foreign, 1, str(tmp_path))) == [0]
 
 
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
 def test_pickles_under_every_name_are_never_run(tmp_path: Path) -> None:
     trap = tmp_path / "executed"
     payload = pickle.dumps(Bomb(trap))
-    for name in ("manifest.json", RANK, ".metadata", "data.pkl", "optimizer.pt", "latest", "mp_rank_00.pt"):
-        root = tmp_path / name
-        save_step(SOLO, root, 1)
-        (root / "step_00000001" / name).write_bytes(payload)
-        (root / "latest").write_bytes(payload)
-        if name in ("manifest.json", RANK):
-            with pytest.raises(CheckpointError):
-                open_checkpoint(root)
-        else:
-            assert open_checkpoint(root).step == 1
+    for number, name in enumerate(
+        [
+            "manifest.json",
+            RANK,
+            ".metadata",
+            "data.pkl",
+            "optimizer.pt",
+            "mp_rank_00_model_states.pt",
+            "latest",
+        ]
+    ):
+        for form in (payload, payload.ljust(2000, b"."), seal(payload)):
+            root = tmp_path / f"{number} {len(form)}"
+            save_step(SOLO, root, 1)
+            (root / "step_00000001" / name).write_bytes(form)
+            (root / "latest").write_bytes(form)
+            if name in ("manifest.json", RANK):
+                with pytest.raises(CheckpointError):
+                    open_checkpoint(root)
+            else:
+                assert open_checkpoint(root).step == 1
     assert not trap.exists()
 
 
