@@ -1,0 +1,237 @@
+"""Runs that meet bad batches: left out, rolled back, and then bit-equal to a run that never had them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.cli import main
+from megalite.config import Config
+from megalite.data.batch import Batch
+from megalite.engines.engine import StepSums
+from megalite.errors import DivergedError
+from megalite.log import read_json_lines
+from megalite.parallel.mesh import Mesh
+from megalite.resilience.ladder import Rollback
+from megalite.resilience.preempt import PreemptionFlag
+from megalite.trainer import Trainer
+from tests.ranks import run_ranks
+from tests.trainer.runs import curve, lay_out, metrics, tiny
+
+BATCH = 24  # samples a step
+
+
+def poison(trainer: Trainer, bad: range, how: str) -> None:
+    """Have the batches that hold a sample of `bad` come out not finite, or wild, whatever the weights."""
+    compute = trainer.engine.forward_backward
+
+    def poisoned(batches: list[Batch]) -> StepSums:
+        sums = compute(batches)
+        if not any(sample in bad for batch in batches for sample in batch.sample_ids.tolist()):
+            return sums
+        if how == "nan":
+            return replace(sums, loss=math.nan)
+        return replace(sums, loss=2 * sums.loss, grad_norm_squared=400 * sums.grad_norm_squared)
+
+    trainer.engine.forward_backward = poisoned  # type: ignore[method-assign]
+
+
+def state_of(trainer: Trainer) -> list[Any]:
+    """Every byte of what a checkpoint would keep, sums of it for the way between processes."""
+    parts = sorted(trainer.engine.state_slices(), key=lambda part: (part.kind, part.name, part.start))
+    return [(part.kind, part.name, part.start, part.values.detach().clone().tolist()) for part in parts]
+
+
+def run(mesh: Mesh, config: Config, bad: list[range], how: str, skipped: list[tuple[int, int]]) -> Any:
+    """Train on poisoned data, or without `skipped`; the curve and the state at the end."""
+    trainer = Trainer(config, lay_out(mesh, config))
+    for samples in bad:
+        poison(trainer, samples, how)
+    trainer.loader.skip(skipped)
+    trainer.fit(PreemptionFlag())
+    return curve(metrics(Path(config.run_dir))), state_of(trainer)
+
+
+def rollbacks(run_dir: Path) -> list[Rollback]:
+    return [
+        Rollback.from_json(e) for e in read_json_lines(run_dir / "ledger.jsonl") if e["event"] == "rollback"
+    ]
+
+
+def batches(first: int, last: int) -> range:
+    """The samples of the steps `first` to `last`, where none was left out before."""
+    return range((first - 1) * BATCH, last * BATCH)
+
+
+SHORT = ["train.steps=24", "resilience.rewind_steps=4", "resilience.skip_steps=8"]
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (1, []),
+        (1, ["checkpoint.snapshot_every_steps=3"]),
+        (1, ["checkpoint.every_steps=4", "train.precision=bf16"]),
+        (1, ["checkpoint.every_steps=4", "train.precision=fp16"]),
+        (2, ["checkpoint.snapshot_every_steps=3"]),
+        (2, ["mesh.zero_stage=2", "checkpoint.every_steps=4"]),
+        (2, ["mesh.zero_stage=3", "checkpoint.snapshot_every_steps=5"]),
+        (2, ["mesh.tp=2", "checkpoint.every_steps=4", "mesh.sequence_parallel=true"]),
+        (2, ["mesh.pp=2", "checkpoint.snapshot_every_steps=3"]),
+    ],
+    ids=str,
+)
+def test_after_a_rollback_the_run_is_one_that_never_had_the_batches(
+    root: Path,
+    world: int,
+    layout: list[str],
+) -> None:
+    """Back to a snapshot, to a checkpoint, to the seed; on every way of dividing a model."""
+    common = [*SHORT, "train.micro_batch_size=12", "train.eval_samples=8", *layout]
+    config = tiny(root, *common)
+    found = run_ranks(run, world, config, [batches(13, 16)], "nan", [])
+    (rollback,) = rollbacks(root / "run")
+    assert (rollback.onset, rollback.detected) == (13, 14)
+    assert rollback.to_step <= 12 - 4
+    assert rollback.skipped[0] <= batches(13, 16)[0] <= batches(13, 16)[-1] < rollback.skipped[1]
+    oracle = tiny(root, *common, f"run_dir={root}/oracle")
+    assert found == run_ranks(run, world, oracle, [], "", [rollback.skipped])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_goes_back_too(root: Path, stage: int) -> None:
+    layout = ["mesh.zero_engine=deepspeed", f"mesh.zero_stage={stage}", "checkpoint.snapshot_every_steps=3"]
+    common = [*SHORT, "train.micro_batch_size=12", "train.eval_samples=8", *layout]
+    found = run_ranks(run, 2, tiny(root, *common), [batches(13, 16)], "nan", [], timeout_s=180)
+    (rollback,) = rollbacks(root / "run")
+    oracle = tiny(root, *common, f"run_dir={root}/oracle")
+    assert found == run_ranks(run, 2, oracle, [], "", [rollback.skipped], timeout_s=180)
+
+
+def test_a_wild_spike_and_a_second_one(root: Path, alone: Mesh) -> None:
+    """Refused against what healthy steps had before, both, and both left out."""
+    common = ["train.steps=140", "resilience.rewind_steps=10", "resilience.skip_steps=12", "optim.lr=1e-3"]
+    common += ["checkpoint.snapshot_every_steps=20", "train.micro_batch_size=24", "train.eval_samples=8"]
+    first, second = batches(90, 93), batches(120, 121)
+    found = run(alone, tiny(root, *common), [first, second], "wild", [])
+    one, two = rollbacks(root / "run")
+    assert (one.onset, one.detected) == (90, 91)
+    assert one.to_step <= 79
+    assert two.skipped[0] <= second[0] <= second[-1] < two.skipped[1]
+    assert found == run(
+        alone, tiny(root, *common, f"run_dir={root}/oracle"), [], "", [one.skipped, two.skipped]
+    )
+
+
+def test_one_bad_batch_costs_that_batch_and_no_more(root: Path, alone: Mesh) -> None:
+    common = ["train.steps=12", "optim.schedule=constant", "optim.warmup_steps=0"]
+    found, state = run(alone, tiny(root, *common), [batches(6, 6)], "nan", [])
+    assert rollbacks(root / "run") == []
+    oracle = tiny(root, *common, "train.steps=11", f"run_dir={root}/oracle")
+    kept, same = run(alone, oracle, [], "", [(batches(6, 6)[0], batches(6, 6)[-1] + 1)])
+    assert found[:5] + found[6:] == kept
+    assert state == same
+
+
+def test_killed_between_the_ledger_and_the_rollback(root: Path, alone: Mesh) -> None:
+    """The ledger has the line, nothing else has happened; newer checkpoints lie there to mislead."""
+    common = [*SHORT, "checkpoint.every_steps=4", "checkpoint.keep_last=9"]
+    trainer = Trainer(tiny(root, *common), alone)
+    poison(trainer, batches(13, 16), "nan")
+
+    def killed(*_: Any) -> None:
+        raise SystemExit(9)
+
+    trainer._restore = killed  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        trainer.fit(PreemptionFlag())
+    (rollback,) = rollbacks(root / "run")
+    assert (root / "run/checkpoints/step_00000012").exists()
+    assert rollback.to_step == 8
+    found = run(alone, tiny(root, *common), [batches(13, 16)], "nan", [])
+    assert rollbacks(root / "run") == [rollback]
+    oracle = tiny(root, *common, f"run_dir={root}/oracle")
+    assert found == run(alone, oracle, [], "", [rollback.skipped])
+
+
+def test_a_run_that_cannot_be_helped_ends_with_a_report(root: Path, alone: Mesh) -> None:
+    config = tiny(root, *SHORT, "checkpoint.every_steps=4", "resilience.max_rollbacks_per_1000=2")
+    trainer = Trainer(config, alone)
+    poison(trainer, range(12 * BATCH, 10**6), "nan")
+    with pytest.raises(DivergedError, match=r"2 rollbacks within 1000 steps.*diverged\.md") as caught:
+        trainer.fit(PreemptionFlag())
+    assert caught.value.exit_code == 77
+    report = (root / "run/diverged.md").read_text()
+    assert report.count("- spike at step") == 2
+    assert "The best by its loss is that of step" in report
+    assert "synthetic  doc-" in report  # source and name of what was read
+
+
+def disturbed(mesh: Mesh, config: Config, wrong: list[float]) -> Any:
+    """A run in whose 5th step the last rank computes these factors of its loss, one a try."""
+    trainer = Trainer(config, lay_out(mesh, config))
+    compute, left = trainer.engine.forward_backward, list(wrong)
+
+    def erring(batches: list[Batch]) -> StepSums:
+        sums = compute(batches)
+        if trainer.step == 4 and mesh.rank == mesh.size - 1 and left:
+            return replace(sums, loss=sums.loss * left.pop(0))
+        return sums
+
+    trainer.engine.forward_backward = erring  # type: ignore[method-assign]
+    trainer.fit(PreemptionFlag())
+    return curve(metrics(Path(config.run_dir)))
+
+
+def test_an_error_that_goes_away_is_the_hardware_s_and_costs_nothing(root: Path) -> None:
+    common = ["train.steps=8", "train.micro_batch_size=12"]
+    found = run_ranks(disturbed, 2, tiny(root, *common), [math.nan])
+    clean = run_ranks(disturbed, 2, tiny(root, *common, f"run_dir={root}/clean"), [])
+    assert found == clean
+    (event,) = [e for e in read_json_lines(root / "run/ledger.jsonl") if e["event"] == "hardware"]
+    assert (event["cause"], event["ranks"], event["step"]) == ("transient", [1], 5)
+    assert [r["events"] for r in metrics(root / "run")][4] == ["hardware"]
+
+
+def test_an_error_that_stays_ends_the_run_and_names_the_rank(root: Path) -> None:
+    config = tiny(root, "train.steps=8", "train.micro_batch_size=12")
+    with pytest.raises(Exception, match="persistent error on rank 1; take its host out"):
+        run_ranks(disturbed, 2, config, [math.nan, 3.0, 2.0])
+
+
+def test_the_spikes_command(root: Path, alone: Mesh, capsys: pytest.CaptureFixture[str]) -> None:
+    common = [*SHORT, "checkpoint.every_steps=4", f"run_dir={root}/run"]
+    run(alone, tiny(root, *common), [batches(13, 16)], "nan", [])
+    assert main(["spikes", str(root / "run"), "--documents", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "step 13  left out: loss None" in said
+    assert "rollback 1: spike at step 13" in said
+    assert said.count("synthetic  doc-") == 3
+    assert "loss      " in said
+    # The data were never at fault here: with other weights the window is like its neighbours.
+    assert main(["spikes", str(root / "run"), "--replay", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "bad moment" in said
+    assert said.count("in the window: samples") == 8
+    assert main(["spikes", str(root / "run"), "--replay", "2"]) == 2
+
+
+def test_the_learning_rate_is_lower_after_a_rollback_when_asked(root: Path, alone: Mesh) -> None:
+    config = tiny(
+        root,
+        *SHORT,
+        "optim.schedule=constant",
+        "optim.warmup_steps=0",
+        "resilience.calm_lr_factor=0.5",
+        "resilience.calm_steps=4",
+    )
+    run(alone, config, [batches(13, 16)], "nan", [])
+    rates = [record["lr"] for record in metrics(root / "run")]
+    (rollback,) = rollbacks(root / "run")
+    calm = range(rollback.to_step, rollback.detected + 4)
+    assert rates == [1e-2 * (0.5 if step in calm else 1.0) for step in range(24)]
