@@ -8,7 +8,7 @@ with both values, and derived numbers are properties, so no value lives in two p
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -196,6 +196,9 @@ class DataConfig(Section):
     shuffle_chunks: int = Field(
         48, gt=0, description="chunks of neighbouring samples shuffled together; more mix better, open more"
     )
+    skip: tuple[Annotated[tuple[int, int], Field(strict=False)], ...] = Field(
+        (), strict=False, description="ranges of global sample indices left out: [[first, after], ...]"
+    )
     prefetch: int = Field(2, ge=0, description="steps read ahead by a thread")
     max_bad_blocks: float = Field(
         0.001, ge=0, le=1, description="share of damaged record batches replaced before the run stops"
@@ -229,7 +232,7 @@ class DataConfig(Section):
     @property
     def held_out(self) -> Self:
         """The same for the validation datasets: in stored order, end to end, nothing replaced."""
-        plain = {"temperature": None, "schedule": (), "seq_len_schedule": (), "packing": "concat"}
+        plain = {"temperature": None, "schedule": (), "seq_len_schedule": (), "packing": "concat", "skip": ()}
         rest = {"sources": self.validation, "validation": (), "shuffle": False, "max_bad_blocks": 0.0}
         return self.model_copy(update=plain | rest)
 

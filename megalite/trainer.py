@@ -288,7 +288,13 @@ class Trainer:
                 self.engine.load_state(found)
             self.tokens = int(found.meta["tokens"])
         self.recovery.load(None if found is None else found.meta, ledger)
-        self.loader.skip(rollback.skipped for rollback in ledger)
+        before = self.loader.skips.index_at(self.position)
+        self.loader.skip([*self.config.data.skip, *(rollback.skipped for rollback in ledger)])
+        if self.position and self.loader.skips.index_at(self.position) != before:
+            raise ConfigError(
+                f"data.skip={list(self.config.data.skip)} leaves out samples before {before}, which this run "
+                "has read; leave out later ones, or use another run_dir"
+            )
         self.loader.check_length(self.config.train.steps * self.config.train.global_batch_size)
 
     def _check_tokenizer(self, found: Checkpoint) -> None:

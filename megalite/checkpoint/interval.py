@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 _FAR = 4.0  # times too long or too short
-_WORTH = 1e-3  # of the run's time: what a better interval must save to be worth a line
+_WORTH = 1e-2  # of the run's time: what a better interval must save to be worth a line
 
 
 def best_interval_s(stall_s: float, write_s: float, mtbf_s: float) -> float:
@@ -28,7 +28,7 @@ def lost_share(interval_s: float, stall_s: float, mtbf_s: float) -> float:
 def advice(every_steps: int, step_s: float, stall_s: float, write_s: float, mtbf_s: float) -> str | None:
     """One line if the interval is far from the best one, else None.
 
-    Far is more than 4 times too long or too short, with more than 0.1 % of the run's time to be won.
+    Far is more than 4 times too long or too short, with more than 1 % of the run's time to be won.
     """
     interval_s, best_s = every_steps * step_s, best_interval_s(stall_s, write_s, mtbf_s)
     lost, least = (lost_share(seconds, stall_s, mtbf_s) for seconds in (interval_s, best_s))
