@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
+from megalite import trainer
 from megalite.cli import main
 from megalite.config_file import to_toml
 from megalite.data.loader import DataLoader
 from megalite.engines.deepspeed import DeepSpeedEngine
 from megalite.engines.native import NativeEngine
 from megalite.errors import DataError
-from megalite.trainer import Trainer
 from tests.ranks import RanksError, join_ranks, spawn_ranks
 from tests.trainer.runs import tiny, write_dataset
 
@@ -75,7 +75,7 @@ def train(config: str, run_dir: str, fault: str, where: str, faulty: int, *overr
     os.dup2(os.open(f"{run_dir}/said_{rank}", os.O_WRONLY | os.O_CREAT), 2)
     os.environ["MEGALITE_EXIT_FILE"] = f"{run_dir}/exits.jsonl"
     engine = DeepSpeedEngine if overrides else NativeEngine
-    owner = {"forward_backward": engine, "micro_batches": DataLoader, "_agree_on_sums": Trainer}[where]
+    owner = {"forward_backward": engine, "_read": DataLoader, "all_reduce": trainer}[where]
     real, calls = getattr(owner, where), []
 
     def faulty_one(self: Any, *args: Any) -> Any:
@@ -83,7 +83,7 @@ def train(config: str, run_dir: str, fault: str, where: str, faulty: int, *overr
         if rank == faulty and len(calls) == FAULTY_STEP:
             Path(run_dir, "struck").touch()
             if fault == "skip":
-                return args
+                return self  # the vector that was to be summed
             FAULTS[fault]()
         return real(self, *args)
 
@@ -96,19 +96,22 @@ def hang(
 ) -> tuple[list[int], float, str]:
     """Exit codes, seconds until the ranks without the fault had left, and what was said."""
     processes = spawn_ranks(train, world, str(config), str(run), fault, where, faulty, *overrides)
-    limit = time.monotonic() + 60
-    while not (run / "struck").exists():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
-    struck = time.monotonic()
-    others = [process for rank, process in enumerate(processes) if rank != faulty]
-    for process in others:
-        process.join(30)
-    took = time.monotonic() - struck
     try:
+        limit = time.monotonic() + 60
+        while not (run / "struck").exists():
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        struck = time.monotonic()
+        others = [process for rank, process in enumerate(processes) if rank != faulty]
+        for process in others:
+            process.join(30)
+        took = time.monotonic() - struck
         codes = join_ranks(processes, 10 if fault not in ("stop", "hold_the_interpreter") else 3)
     except RanksError:  # one that is stopped stays so
         codes = [process.exitcode or 0 for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return codes, took, "".join(path.read_text() for path in sorted(run.glob("said_*")))
 
 
@@ -123,7 +126,7 @@ CASES = [
     (
         3,
         "sleep_for_ever",
-        "micro_batches",
+        "_read",
         0,
         ["is behind", "in _take and at", "in sleep_for_ever", "ranks 1, 2 wait"],
     ),
@@ -140,11 +143,11 @@ CASES = [
     (
         2,
         "skip",
-        "_agree_on_sums",
+        "all_reduce",
         1,
-        ["rank 1 began", "where rank 0 began all_reduce of 40 bytes", "left one out"],
+        ["rank 1 began", "where rank 0 began all_reduce of 48 bytes", "left one out"],
     ),
-    (3, "skip", "_agree_on_sums", 2, ["rank 2 began", "where ranks 0, 1 began all_reduce of 40 bytes"]),
+    (3, "skip", "all_reduce", 2, ["rank 2 began", "where ranks 0, 1 began all_reduce of 48 bytes"]),
 ]
 
 
