@@ -256,11 +256,9 @@ class DeepSpeedEngine:
         """See `Engine`. State that lies on disk is read from there."""
         state = ((_key(kind, part), self.state.read(kind, part)) for kind, part in self._kept())
         copies = copy_to_host(state, reuse)
-        slices = [
-            piece
-            for kind, part in self._kept()
-            for piece in self._slices(kind, part, copies[_key(kind, part)])
-        ]
+        slices = itertools.chain.from_iterable(
+            self._slices(kind, part, copies[_key(kind, part)]) for kind, part in self._kept()
+        )
         return Snapshot(copies, tuple(slices), self.applied_steps, self.loss_scale.state())
 
     def load_snapshot(self, snapshot: Snapshot) -> None:

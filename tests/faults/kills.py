@@ -12,6 +12,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
+
+from megalite.parallel.collectives import all_reduce
 from megalite.parallel.mesh import Mesh, build_mesh
 from tests.ranks import join_ranks, spawn_ranks
 
@@ -58,9 +61,16 @@ def record_lines(mesh: Mesh, action: Action, root: str, files: tuple[str, ...]) 
     return [(first, last)[number % 2][place] for number, place in enumerate(sorted(first))]
 
 
+def meet() -> Mesh:
+    """This process's place, once every rank has its own: a peer that dies earlier would spoil the meeting."""
+    mesh = build_mesh()
+    all_reduce(torch.ones(1), mesh.world)
+    return mesh
+
+
 def act_and_die(action: Action, root: str, files: tuple[str, ...], rank: int, at: Point) -> None:
     """Act on two ranks; `rank` is killed just before the given line."""
-    mesh = build_mesh()
+    mesh = meet()
 
     def seen(point: Point) -> None:
         if point == at:
