@@ -218,7 +218,6 @@ def import_hf(folder: Path, to: Path) -> None:
         "applied_steps": 0,
         "loss_scale": {"value": 1.0, "good_steps": 0},
         "tokens": 0,
-        "skipped_in_a_row": 0,
         "tokenizer": tokenizer.fingerprint,
         "config": config.model_dump(mode="json"),
     }

@@ -45,8 +45,9 @@ class Recovery:
         return {"detector": self.detector.state(), "ladder": self.ladder.state(), "regime": regime}
 
     def load(self, meta: dict[str, Any] | None, ledger: list[Rollback]) -> None:
-        """Go on from a checkpoint's or snapshot's meta, or from the seed; `ledger` knows every rollback."""
-        if meta is None:
+        """Go on from a checkpoint's or snapshot's meta, from the seed or an imported model, which have none;
+        `ledger` knows every rollback."""
+        if meta is None or "recovery" not in meta:
             self.detector.forget()
             self.ladder.load({"rollbacks": [], "refused": [], "refused_in_a_row": 0}, ledger)
             self._regime = None
@@ -76,7 +77,8 @@ class Recovery:
         root = self._run_dir / "checkpoints"
         found = newest(root, self._mesh)
         while found is not None:
-            known = [Rollback.from_json(r) for r in found.meta["recovery"]["ladder"]["rollbacks"]]
+            told = found.meta["recovery"]["ladder"]["rollbacks"] if "recovery" in found.meta else []
+            known = [Rollback.from_json(record) for record in told]
             limit = abandoned_from(ledger, known)
             if limit is None or found.step <= limit:
                 break

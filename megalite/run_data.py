@@ -56,6 +56,8 @@ def _open_datasets(config: Config) -> tuple[list[Dataset], list[Dataset]]:
     training = open_datasets(source.path for source in data.sources)
     held_out = open_datasets(source.path for source in data.validation)
     check_same_tokenizer(training + held_out)
+    for dataset in training + held_out:
+        dataset.check_files()  # a run of weeks should not find at its end that a shard was cut short
     return training, held_out
 
 

@@ -284,7 +284,8 @@ class Trainer:
                 self.engine.load_snapshot(found.state)
             else:
                 self._check_tokenizer(found)
-                self.has_new_mixture = self.loader.restore(found.meta["loader"], self.position)
+                if "loader" in found.meta:  # an imported model has read nothing
+                    self.has_new_mixture = self.loader.restore(found.meta["loader"], self.position)
                 self.engine.load_state(found)
             self.tokens = int(found.meta["tokens"])
         self.recovery.load(None if found is None else found.meta, ledger)

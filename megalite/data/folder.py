@@ -79,6 +79,12 @@ class LocalFolder:
                 while chunk := os.read(file, CHUNK_BYTES):
                     yield chunk
 
+    def check(self, name: str, size: int) -> None:
+        """Raises:  DataError if a file is missing, not a regular file, or not of exactly `size` bytes"""
+        path = self.path / name
+        with open_file(path) as file:
+            check_size(str(path), os.fstat(file).st_size, size)
+
     def map(self, name: str, size: int) -> mmap.mmap:
         """A file of exactly `size` bytes, mapped into memory for reading."""
         path = self.path / name

@@ -164,6 +164,16 @@ class Dataset:
         self._open_bytes = 0
         self._lock = threading.Lock()
 
+    def check_files(self) -> None:
+        """Look at every shard's size, on a file system of this machine; elsewhere that would cost a request
+        each, and a shard is looked at when it is fetched.
+
+        Raises:  DataError if one is missing, not a regular file, or of another size
+        """
+        if isinstance(self._folder, LocalFolder):
+            for shard in self.manifest.shards:
+                self._folder.check(shard.file, shard.bytes)
+
     @property
     def tokenizer(self) -> TokenizerInfo:
         """Kind, fingerprint, vocabulary size and eos id of the tokenizer the ids come from."""

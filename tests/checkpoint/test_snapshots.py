@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megalite.checkpoint.snapshots import Snapshot, Snapshots, copy_to_host
+from megalite.data.loader import Share
 from megalite.errors import CheckpointError
 from megalite.parallel.mesh import Mesh
 from megalite.trainer import Trainer
@@ -83,14 +84,8 @@ def go_back(mesh: Mesh, root: str, overrides: list[str]) -> tuple[list[float], l
     def train(first: int, last: int) -> list[float]:
         losses = []
         for step in range(first, last):
-            with trainer.loader.steps(
-                step * 24,
-                global_batch_size=24,
-                micro_batch_size=2,
-                rank=trainer.mesh.dp.rank,
-                world=trainer.mesh.dp.size,
-                prefetch=0,
-            ) as stream:
+            share = Share(24, 2, trainer.mesh.dp.rank, trainer.mesh.dp.size)
+            with trainer.loader.steps(step * 24, share, prefetch=0) as stream:
                 losses.append(trainer.train_step(next(stream), 1e-2).loss)
         return losses
 

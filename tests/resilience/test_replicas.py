@@ -73,7 +73,8 @@ def _flip(engine: object, flip: Flip) -> None:
         values = optimizer.master[owned.shard]
     else:
         values = engine.model.get_parameter(flip.name).detach().view(-1)  # type: ignore[attr-defined]
-    values.view(torch.uint8)[5 * values.element_size()] ^= 1  # the least bit there is
+    # Of the second byte, since the next step's rounding can swallow a difference of one unit.
+    values.view(torch.uint8)[5 * values.element_size() + 1] ^= 1
 
 
 NORM, MATRIX = "blocks.1.attention_norm.weight", "blocks.0.mlp.down.weight"

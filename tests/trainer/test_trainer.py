@@ -377,7 +377,7 @@ def _expect_a_peers_trouble(mesh: Mesh, config: Config) -> tuple[str, bool]:
 
 
 def _expect_other_code(mesh: Mesh, config: Config) -> str:
-    other = mock.patch("megalite.trainer.code_version", return_value=f"0.1.0+{mesh.rank}")
+    other = mock.patch("megalite.agreement.code_version", return_value=f"0.1.0+{mesh.rank}")
     with other, pytest.raises(ConfigError) as caught:
         Trainer(config, mesh)
     return str(caught.value)
