@@ -31,7 +31,7 @@ from megalite.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from megalite.errors import DataError
 
 SHARD_BYTES = 256 << 20  # of buffers before compression; keeps int32 list offsets safe
-BATCH_TOKENS = 1 << 20  # what one CRC covers and one open verifies: 2 or 4 MiB
+BATCH_TOKENS = 1 << 19  # what one CRC covers and one open verifies: 1 or 2 MiB, a fraction of a millisecond
 COMPRESSED_BATCH_TOKENS = 1 << 17  # smaller, because a shuffled read unpacks a whole batch for a sample
 BATCH_DOCUMENTS = 1 << 16
 MAX_DOCUMENT_TOKENS = 2**31 - 1
