@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megalite.config import Config
+from megalite.data.loader import Share
 from megalite.engines.deepspeed import DeepSpeedEngine, LossModule, load
 from megalite.errors import CheckpointError, ConfigError, PreemptedError
 from megalite.model.init import initial_values
@@ -144,8 +145,8 @@ def _train_plainly(mesh: Mesh, config: Config) -> list[float]:
     engine, *_ = deepspeed.initialize(model=LossModule(model), optimizer=adamw, config=settings)
     losses = []
     loader = Trainer(config, mesh).loader
-    shape = {"global_batch_size": 24, "micro_batch_size": config.train.micro_batch_size}
-    with loader.steps(0, **shape, rank=mesh.dp.rank, world=mesh.dp.size, prefetch=0) as stream:
+    share = Share(24, config.train.micro_batch_size, mesh.dp.rank, mesh.dp.size)
+    with loader.steps(0, share, prefetch=0) as stream:
         for _ in range(config.train.steps):
             sums = torch.zeros(2, dtype=torch.float64)
             for batch in next(stream):

@@ -33,12 +33,16 @@ def _run(name: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def runs() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """A run for each of this file's tests that were asked for."""
+    asked = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
     with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(_run, name) for name in FILES}
+        yield {name: pool.submit(_run, name) for name in asked}
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "test_training.py")) for name in FILES]
+)
 def test_interpreted(name: str, runs: dict[str, Future[subprocess.CompletedProcess[str]]]) -> None:
     done = runs[name].result()
     assert done.returncode == 0, done.stdout[-6000:]

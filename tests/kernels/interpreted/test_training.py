@@ -1,0 +1,95 @@
+"""The model trained by interpreted kernels alone, beside torch's path."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.parallel.mesh import Mesh
+from megalite_kernels import gpu
+from tests.ranks import SOLO, close_pools, run_ranks
+from tests.trainer.runs import curve, tiny, train, write_dataset
+
+SMALL = ["model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1", "model.hidden_size=16"]
+SMALL += ["data.seq_len=16", "train.global_batch_size=4", "train.eval_samples=2"]
+Curve = list[tuple[float, float]]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("training")
+    write_dataset(root / "train", seed=1, documents=60)
+    write_dataset(root / "valid", seed=2, documents=5)
+    yield root
+    close_pools()
+
+
+def train_with(mesh: Mesh, implementation: str, root: str, overrides: list[str]) -> tuple[Curve, set[str]]:
+    """The curve, and the names of the kernels that were started."""
+    started: set[str] = set()
+    modules = [import_module(f"{gpu.__name__}.{info.name}") for info in pkgutil.iter_modules(gpu.__path__)]
+
+    def noting(start: Any) -> Any:
+        def launch(kernel: Any, *args: Any, **options: Any) -> None:
+            started.add(kernel.fn.__name__)
+            start(kernel, *args, **options)
+
+        return launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGALITE_KERNELS", implementation)
+        for module in modules:
+            if module.__name__ != "megalite_kernels.gpu.launch" and hasattr(module, "launch"):
+                patch.setattr(module, "launch", noting(module.launch))
+        config = tiny(
+            Path(root), *SMALL, *overrides, f"run_dir={root}/{implementation}-{hash(str(overrides))}"
+        )
+        return curve(train(mesh, config)), started
+
+
+def assert_close(ours: Curve, torchs: Curve) -> None:
+    for place, tolerance in ((0, 1e-5), (1, 1e-4)):
+        assert max(abs(a[place] / b[place] - 1) for a, b in zip(ours, torchs, strict=True)) < tolerance
+
+
+def test_fifty_steps_of_kernels_are_fifty_steps_of_torch(root: Path) -> None:
+    steps = ["train.steps=50", "train.micro_batch_size=4", "train.z_loss=1e-4"]
+    ours, started = train_with(SOLO, "triton", str(root), steps)
+    torchs, none = train_with(SOLO, "torch", str(root), steps)
+    assert none == set()
+    assert len(started) >= 12, started
+    assert_close(ours, torchs)
+    assert ours[-1][0] < ours[0][0] - 0.5
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["mesh.tp=2", "mesh.sequence_parallel=true", "model.qk_norm=true"],
+        ["mesh.pp=2", 'mesh.pp_schedule="zero_bubble"', "model.num_layers=2", "model.tie_embeddings=true"],
+        ["mesh.zero_stage=3", "model.norm=layernorm", "model.activation=gelu", "model.dropout=0.1"],
+    ],
+    ids=str,
+)
+def test_kernels_on_every_way_of_dividing_a_model(root: Path, layout: list[str]) -> None:
+    overrides = ["train.steps=3", "train.micro_batch_size=2", *layout]
+    found = run_ranks(train_with, 2, "triton", str(root), overrides, timeout_s=180)
+    expected = run_ranks(train_with, 2, "torch", str(root), overrides, timeout_s=180)
+    for (ours, started), (torchs, none) in zip(found, expected, strict=True):
+        assert len(started) >= 8, started
+        assert none == set()
+        assert_close(ours, torchs)
+
+
+def test_kernels_in_bf16_where_activations_are_computed_again(root: Path) -> None:
+    """In this process, to which the interpreter's bf16 has been taught."""
+    steps = ["train.steps=4", "train.micro_batch_size=2", "train.precision=bf16", "train.recompute=selective"]
+    ours, started = train_with(SOLO, "triton", str(root), steps)
+    torchs, _ = train_with(SOLO, "torch", str(root), steps)
+    assert len(started) >= 12, started
+    assert max(abs(a[0] / b[0] - 1) for a, b in zip(ours, torchs, strict=True)) < 2**-8
