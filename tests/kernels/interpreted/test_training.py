@@ -16,7 +16,7 @@ from tests.ranks import SOLO, close_pools, run_ranks
 from tests.trainer.runs import curve, tiny, train, write_dataset
 
 SMALL = ["model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1", "model.hidden_size=16"]
-SMALL += ["data.seq_len=16", "train.global_batch_size=4", "train.eval_samples=2"]
+SMALL += ["data.seq_len=16", "train.global_batch_size=2", "train.eval_samples=2"]
 Curve = list[tuple[float, float]]
 
 
@@ -58,7 +58,7 @@ def assert_close(ours: Curve, torchs: Curve) -> None:
 
 
 def test_fifty_steps_of_kernels_are_fifty_steps_of_torch(root: Path) -> None:
-    steps = ["train.steps=50", "train.micro_batch_size=4", "train.z_loss=1e-4"]
+    steps = ["train.steps=50", "train.micro_batch_size=2", "train.z_loss=1e-4"]
     ours, started = train_with(SOLO, "triton", str(root), steps)
     torchs, none = train_with(SOLO, "torch", str(root), steps)
     assert none == set()
@@ -77,7 +77,7 @@ def test_fifty_steps_of_kernels_are_fifty_steps_of_torch(root: Path) -> None:
     ids=str,
 )
 def test_kernels_on_every_way_of_dividing_a_model(root: Path, layout: list[str]) -> None:
-    overrides = ["train.steps=3", "train.micro_batch_size=2", *layout]
+    overrides = ["train.steps=3", "train.micro_batch_size=1", *layout]
     found = run_ranks(train_with, 2, "triton", str(root), overrides, timeout_s=180)
     expected = run_ranks(train_with, 2, "torch", str(root), overrides, timeout_s=180)
     for (ours, started), (torchs, none) in zip(found, expected, strict=True):
