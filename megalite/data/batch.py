@@ -39,7 +39,8 @@ class Batch:
         cu_seqlens  int32 [documents + 1]: where documents begin and end with all rows laid end to end; a row
                     begins one, and so does its padding
         replaced    the samples that others stand for
-    Without document masks positions count the row, doc_starts is None and cu_seqlens has the rows.
+    Without document masks positions count the row, doc_starts is None and cu_seqlens has the rows. Arrays
+    may share memory, also with other batches: nobody writes to them.
     """
 
     tokens: Ints
@@ -88,10 +89,16 @@ class Rows:
     ) -> Batch:
         """The arrays of these samples, each cut into rows of `row_len`, made by `allocate`."""
         samples, seq_len = len(self.stream), self.seq_len
-        tokens = allocate((samples, seq_len), np.int64)
-        labels = allocate((samples, seq_len), np.int64)
-        tokens[...] = self.stream[:, :-1]
-        labels[...] = self.stream[:, 1:]
+        is_edited = self.masked or self._padding or self._loss_masks or row_len < seq_len
+        if allocate is np.empty and not is_edited:
+            # Widened once, seen twice. From memory of its own kind a device copies whole arrays only.
+            wide: Ints = self.stream.astype(np.int64)
+            tokens, labels = wide[:, :-1], wide[:, 1:]
+        else:
+            tokens = allocate((samples, seq_len), np.int64)
+            labels = allocate((samples, seq_len), np.int64)
+            tokens[...] = self.stream[:, :-1]
+            labels[...] = self.stream[:, 1:]
         for sample, used in self._padding:
             labels[sample, used - 1 :] = IGNORE
         for sample, counts in self._loss_masks:
