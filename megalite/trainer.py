@@ -289,11 +289,12 @@ class Trainer:
                 self.engine.load_state(found)
             self.tokens = int(found.meta["tokens"])
         self.recovery.load(None if found is None else found.meta, ledger)
-        before = self.loader.skips.index_at(self.position)
+        last_read = max(self.position - 1, 0)
+        before = self.loader.skips.index_at(last_read)
         self.loader.skip([*self.config.data.skip, *(rollback.skipped for rollback in ledger)])
-        if self.position and self.loader.skips.index_at(self.position) != before:
+        if self.position and self.loader.skips.index_at(last_read) != before:
             raise ConfigError(
-                f"data.skip={list(self.config.data.skip)} leaves out samples before {before}, which this run "
+                f"data.skip={list(self.config.data.skip)} leaves out samples up to {before}, which this run "
                 "has read; leave out later ones, or use another run_dir"
             )
         self.loader.check_length(self.config.train.steps * self.config.train.global_batch_size)

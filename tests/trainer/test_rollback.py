@@ -13,7 +13,7 @@ from megalite.cli import main
 from megalite.config import Config
 from megalite.data.batch import Batch
 from megalite.engines.engine import StepSums
-from megalite.errors import DivergedError
+from megalite.errors import ConfigError, DivergedError
 from megalite.log import read_json_lines
 from megalite.parallel.mesh import Mesh
 from megalite.resilience.ladder import Rollback
@@ -136,6 +136,20 @@ def test_one_bad_batch_costs_that_batch_and_no_more(root: Path, alone: Mesh) -> 
     kept, same = run(alone, oracle, [], "", [(batches(6, 6)[0], batches(6, 6)[-1] + 1)])
     assert found[:5] + found[6:] == kept
     assert state == same
+
+
+def test_samples_left_out_by_hand(root: Path, alone: Mesh) -> None:
+    """Ranges ahead of a run are left out, those behind it are refused."""
+    plain, _ = run(alone, tiny(root, "train.steps=6", f"run_dir={root}/a"), [], "", [])
+    other, _ = run(
+        alone, tiny(root, "train.steps=6", "data.skip=[[72, 96]]", f"run_dir={root}/b"), [], "", []
+    )
+    assert plain[:3] == other[:3]
+    assert plain[3] != other[3]
+    assert other == run(alone, tiny(root, "train.steps=6", f"run_dir={root}/c"), [], "", [(72, 96)])[0]
+    run(alone, tiny(root, "train.steps=8", "data.skip=[[144, 168]]", f"run_dir={root}/a"), [], "", [])
+    with pytest.raises(ConfigError, match=r"data.skip=\[\(0, 24\)\] leaves out samples up to 215"):
+        Trainer(tiny(root, "train.steps=9", "data.skip=[[0, 24]]", f"run_dir={root}/a"), alone)
 
 
 def test_killed_between_the_ledger_and_the_rollback(root: Path, alone: Mesh) -> None:
