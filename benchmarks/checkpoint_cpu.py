@@ -43,7 +43,8 @@ def build(folder: Path) -> tuple[Config, Mesh, NativeEngine, list[Batch]]:
     for _ in range(config.grad_accum_steps(1)):
         ids = rng.integers(0, config.model.vocab_size, (width, length + 1))
         positions = np.broadcast_to(np.arange(length), (width, length)).copy()
-        batches.append(Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), positions, None, np.arange(width)))
+        edges = np.arange(0, ids[:, 1:].size + 1, ids.shape[1] - 1, dtype=np.int32)
+        batches.append(Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), positions, None, np.arange(width), edges))
     return config, mesh, engine, batches
 
 

@@ -175,12 +175,13 @@ def _batch(ids: torch.Tensor) -> Any:
     """Next-token batch of ids [batch, seq + 1]."""
     import numpy as np
 
-    from megalite.data.loader import Batch
+    from megalite.data.batch import Batch
 
     array = ids.numpy()
     batch, seq = array.shape[0], array.shape[1] - 1
     positions = np.broadcast_to(np.arange(seq), (batch, seq)).copy()
-    return Batch(array[:, :-1].copy(), array[:, 1:].copy(), positions, None, np.arange(batch))
+    edges = np.arange(0, batch * seq + 1, seq, dtype=np.int32)
+    return Batch(array[:, :-1].copy(), array[:, 1:].copy(), positions, None, np.arange(batch), edges)
 
 
 # --- convergence ------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_a_cut_cable_ends_the_run_and_the_same_command_continues_it(
         output = process.communicate(timeout=60)[0]
         took = time.monotonic() - cut
         assert process.returncode not in (0, 2, 77), output
-        assert "HangError: a peer is gone or silent for 8 s" in output
+        assert "HangError: " in output, output
         assert "Traceback" not in output, output
         assert took < 30, output
         assert _nothing_runs(hosts, within_s=30)

@@ -149,7 +149,7 @@ VARIANTS = [
     ],
     # At a tenth of the learning rate: AdamW's first steps turn rounding into sign changes of whole updates.
     ["model.qk_norm=true", "model.num_kv_heads=1", "optim.lr=1e-3"],
-    ["model.dropout=0.2"],
+    ["model.dropout=0.2", "optim.lr=1e-3"],
     ["train.z_loss=1e-3"],
     ["data.document_mask=false"],
     ["optim.grad_clip=0.1"],
