@@ -108,12 +108,16 @@ class Recovery:
         return [(a, b) for a, b in gather_json(mine, self._mesh.world, self._mesh.device)]
 
     def target(self, spike: Spike) -> KeptSnapshot | Checkpoint | None:
-        """What to go back to: the newest snapshot that is old enough, or checkpoint; else None, the seed.
+        """What to go back to: the newest snapshot that is old enough, or checkpoint.
 
-        Raises:  CheckpointError if there are checkpoints and none that is old enough verifies
+        Where none is, what lies before the onset at all, the oldest snapshot first; None, the seed, only
+        where there is nothing else.
+
+        Raises:  CheckpointError if there are checkpoints before the onset and none verifies
         """
-        latest = self.ladder.latest_target(spike)
-        kept = self.snapshots.newest_before(latest)
-        if kept is not None:
-            return kept
-        return newest(self._run_dir / "checkpoints", self._mesh, before=latest)
+        root, latest, onset = self._run_dir / "checkpoints", self.ladder.latest_target(spike), spike.onset - 1
+        found = self.snapshots.newest_before(latest) or newest(root, self._mesh, before=latest)
+        early = [step for step in self.snapshots.steps if step <= onset]
+        if found is None and early:
+            found = self.snapshots.newest_before(min(early))
+        return found or newest(root, self._mesh, before=onset)

@@ -6,7 +6,7 @@ absolute deviation (MAD). Neither statistic moves when a few values are wild, an
 never enters the window: a first spike cannot hide a second.
 
 A slower fault shows in no single step: the loss turns and climbs for hundreds of them. That is a matter
-of block medians, each compared with the best block so far.
+of block medians, compared with the best block so far and with how much neighbouring blocks differ anyway.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
+from itertools import pairwise
 from statistics import median
 from typing import Any, Literal
 
@@ -24,7 +25,9 @@ Verdict = Literal["healthy", "not finite", "wild"]
 WINDOW = 256  # accepted steps the statistics are made of
 MIN_HISTORY = 64  # with fewer, only what is not finite is refused
 BLOCK = 32  # steps whose median counts once in the slow test
-SLOW_BLOCKS = 3  # in a row, each above the one before: two turn up by chance every few thousand steps
+SLOW_BLOCKS = 4  # in a row that must lie too high
+_BLOCKS = 64  # whose differences tell the noise of a block
+_BLOCK_NOISES = 8.0  # the best of many blocks is low by three of them
 
 # However calm a run is, smaller rises are no spike: 5% of loss, twice the gradient norm.
 _LEAST_LOSS_RISE = math.log(1.05)
@@ -43,8 +46,8 @@ class SpikeDetector:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._norms: deque[float] = deque(maxlen=WINDOW)
         self._block: list[float] = []
-        self._best: tuple[float, int] | None = None  # of the block medians the lowest, and its last step
-        self._climb: list[float] = []  # block medians in a row that lie above it
+        self._blocks: deque[float] = deque(maxlen=_BLOCKS)  # medians
+        self._best: tuple[float, int] | None = None  # the lowest of all medians so far, and its last step
 
     def judge(self, loss: float, grad_norm: float) -> Verdict:
         """What to think of a step's mean loss and gradient norm."""
@@ -66,26 +69,29 @@ class SpikeDetector:
             return
         value = median(self._block)
         self._block.clear()
+        self._blocks.append(value)
         if self._best is None or value <= self._best[0]:
-            self._best, self._climb = (value, step), []
-        elif self._climb and value <= self._climb[-1]:
-            self._climb = [value]
-        else:
-            self._climb.append(value)
+            self._best = (value, step)
 
     @property
     def slow_onset(self) -> int | None:
         """The step after which the loss has been climbing away for good, or None while it has not."""
-        if self._best is None or not self._slow_rise or len(self._climb) < SLOW_BLOCKS:
+        if self._best is None or not self._slow_rise or len(self._blocks) < 2 * SLOW_BLOCKS:
             return None
         best, step = self._best
-        return step if self._climb[-1] - best > math.log1p(self._slow_rise) else None
+        blocks = list(self._blocks)
+        changes = median(abs(after - before) for before, after in pairwise(blocks))
+        noise = 1.4826 * changes / math.sqrt(2)
+        limit = best + max(math.log1p(self._slow_rise), _BLOCK_NOISES * noise)
+        return step if min(blocks[-SLOW_BLOCKS:]) > limit else None
 
     def forget(self) -> None:
         """Start over, where data or sequence length change and another loss is to be expected."""
         self._losses.clear()
         self._norms.clear()
-        self._block, self._best, self._climb = [], None, []
+        self._block.clear()
+        self._blocks.clear()
+        self._best = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; JSON."""
@@ -93,15 +99,15 @@ class SpikeDetector:
             "losses": list(self._losses),
             "norms": list(self._norms),
             "block": list(self._block),
+            "blocks": list(self._blocks),
             "best": self._best,
-            "climb": list(self._climb),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._losses = deque(state["losses"], maxlen=WINDOW)
         self._norms = deque(state["norms"], maxlen=WINDOW)
-        self._block, self._climb = list(state["block"]), list(state["climb"])
+        self._block, self._blocks = list(state["block"]), deque(state["blocks"], maxlen=_BLOCKS)
         self._best = (float(state["best"][0]), int(state["best"][1])) if state["best"] else None
 
 

@@ -120,6 +120,12 @@ def test_a_slow_divergence_is_found_with_its_onset(seed: int) -> None:
     assert abs(detector.slow_onset - onset) <= 20 * BLOCK
 
 
+def test_a_noisy_loss_climbs_nowhere() -> None:
+    """Of batches of a few hundred tokens: a tenth up or down from step to step."""
+    for seed in range(4):
+        refused(SpikeDetector(ResilienceConfig()), clean(10_000, seed, 0.13, 0.1))  # asserts that it does not
+
+
 def test_a_climb_that_ends_is_none() -> None:
     values = clean(3000, 3)
     values[1000:1200, 0] *= np.exp(np.linspace(0, 0.08, 200))

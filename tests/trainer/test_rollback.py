@@ -68,6 +68,7 @@ def batches(first: int, last: int) -> range:
 
 
 SHORT = ["train.steps=24", "resilience.rewind_steps=4", "resilience.skip_steps=8"]
+SHORT += ["checkpoint.snapshots_kept=3"]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,15 @@ def test_a_wild_spike_and_a_second_one(root: Path, alone: Mesh) -> None:
     assert found == run(
         alone, tiny(root, *common, f"run_dir={root}/oracle"), [], "", [one.skipped, two.skipped]
     )
+
+
+def test_less_than_asked_is_gone_back_before_all_is_lost(root: Path, alone: Mesh) -> None:
+    """No state is as old as it should be: the oldest from before the spike, not the seed."""
+    common = [*SHORT, "checkpoint.snapshot_every_steps=2", "checkpoint.snapshots_kept=2"]
+    found = run(alone, tiny(root, *common), [batches(13, 16)], "nan", [])
+    (rollback,) = rollbacks(root / "run")
+    assert rollback.to_step == 10
+    assert found == run(alone, tiny(root, *common, f"run_dir={root}/oracle"), [], "", [rollback.skipped])
 
 
 def test_one_bad_batch_costs_that_batch_and_no_more(root: Path, alone: Mesh) -> None:
