@@ -12,6 +12,7 @@ import io
 import math
 import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def pieces(text: bytes, rng: np.random.Generator) -> Iterator[bytes]:
 
 def build_data(folder: Path) -> None:
     """The interpreter's own library as text, all one document but for the noise."""
-    library = Path(contextlib.__file__).parent
+    library = Path(sysconfig.get_path("stdlib"))
     files = sorted(library.glob("*.py"))[:160]
     text = b"".join(path.read_bytes() for path in files)
     tokenizer = ByteTokenizer()

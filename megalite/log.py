@@ -14,6 +14,8 @@ from typing import IO, Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+METRICS, LEDGER = "metrics.jsonl", "ledger.jsonl"  # in a run folder
+
 
 class JsonLines:
     """An append-only file of JSON objects, one a line, each on disk as soon as it is complete."""
@@ -63,8 +65,8 @@ class RunLog:
 
     def __init__(self, run_dir: Path, speaks: bool, steps: int, every_steps: int) -> None:
         self._speaks, self._steps, self._every = speaks, steps, every_steps
-        self._metrics = JsonLines(run_dir / "metrics.jsonl") if speaks else None
-        self._ledger = JsonLines(run_dir / "ledger.jsonl") if speaks else None
+        self._metrics = JsonLines(run_dir / METRICS) if speaks else None
+        self._ledger = JsonLines(run_dir / LEDGER) if speaks else None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._validation = ""
@@ -113,11 +115,18 @@ class RunLog:
             self._ledger.append(record, is_durable=True)
 
     def keep_curve(self, path: Path, after: int) -> None:
-        """Copy the metrics of the steps after `after`, which are about to be forgotten, to `path`."""
-        if self._metrics is not None:
+        """Copy the metrics of the steps after `after`, which are about to be forgotten, to `path`.
+
+        A disk that refuses costs the curve, not the run.
+        """
+        if self._metrics is None:
+            return
+        records = [record for record in read_json_lines(self._metrics.path) if record.get("step", 0) > after]
+        try:
             path.parent.mkdir(exist_ok=True)
-            records = [record for record in read_json_lines(self._metrics.path) if record["step"] > after]
             path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        except OSError as error:
+            self.say(f"alert: cannot write {path}: {error.strerror}")
 
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step: into metrics.jsonl, and to the bar or as a line."""

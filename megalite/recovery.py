@@ -15,14 +15,13 @@ from megalite.checkpoint.snapshots import KeptSnapshot, Snapshots
 from megalite.checkpoint.store import Checkpoint, newest
 from megalite.config import Config
 from megalite.engines.engine import StepSums
-from megalite.log import read_json_lines
+from megalite.errors import CheckpointError
+from megalite.log import LEDGER, read_json_lines
 from megalite.parallel.collectives import gather_json
 from megalite.parallel.mesh import Mesh
 from megalite.resilience.ladder import Ladder, Rollback, Spike, abandoned_from
 from megalite.resilience.rerun import Shares
 from megalite.resilience.spike import SpikeDetector
-
-LEDGER = "ledger.jsonl"
 
 
 class Recovery:
@@ -60,14 +59,23 @@ class Recovery:
     # --- at the start ---------------------------------------------------------------------------
 
     def read_ledger(self) -> list[Rollback]:
-        """The rollbacks of this run so far, as rank 0's ledger has them."""
-        lines = None
+        """The rollbacks of this run so far, as rank 0's ledger has them.
+
+        Raises:  CheckpointError, on every rank, if a line is not what a run writes
+        """
+        path, lines = self._run_dir / LEDGER, None
         if self._mesh.rank == 0:
-            lines = [
-                line for line in read_json_lines(self._run_dir / LEDGER) if line.get("event") == "rollback"
-            ]
+            lines = [line for line in read_json_lines(path) if line.get("event") == "rollback"]
         told = gather_json(lines, self._mesh.world, self._mesh.device)[0]
-        return [Rollback.from_json(record) for record in told]
+        try:
+            return [Rollback.from_json(record) for record in told]
+        except (KeyError, TypeError, ValueError) as error:
+            found = CheckpointError(
+                f"{path} has a rollback that is not one ({type(error).__name__}: {error}); which samples "
+                "this run leaves out is not known: restore the file"
+            )
+            found.is_shared = True
+            raise found from None
 
     def newest(self, ledger: list[Rollback]) -> Checkpoint | None:
         """The newest checkpoint that verifies and is not of a future that the run has left.

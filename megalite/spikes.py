@@ -8,16 +8,14 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megalite.data.loader import DataLoader
+from megalite.data.passages import passages
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import ConfigError
-from megalite.log import read_json_lines
+from megalite.log import LEDGER, read_json_lines
 from megalite.resilience.ladder import Rollback
-
-if TYPE_CHECKING:
-    from megalite.config import Config
 
 _BARS = "▁▂▃▄▅▆▇█"
 _EXCERPT = 100  # characters of a document
@@ -51,7 +49,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _run(args: argparse.Namespace) -> int:
     if not (args.run / "config.toml").exists():
         raise ConfigError(f"{args.run} holds no config.toml; give a run folder")
-    events = read_json_lines(args.run / "ledger.jsonl")
+    events = read_json_lines(args.run / LEDGER)
     rollbacks = [event for event in events if event.get("event") == "rollback"]
     if args.replay is not None:
         if not 1 <= args.replay <= len(rollbacks):
@@ -112,7 +110,7 @@ def _curve(path: Path, rollback: Rollback) -> Iterator[str]:
 def describe(loader: DataLoader, samples: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
     """A line for each document in the samples [start, stop): its source, its name, how it begins."""
     for sample in range(samples[0], samples[1]):
-        for passage in loader.passages(sample):
+        for passage in passages(loader, sample):
             text = " ".join(tokenizer.decode(passage.tokens[: 2 * _EXCERPT].tolist()).split())
             yield f"    sample {sample}  {passage.source}  {passage.doc_id}  {text[:_EXCERPT]!r}"
 
@@ -128,7 +126,8 @@ def open_loader(run: Path) -> DataLoader:
     loader, _ = open_loaders(config, build_mesh())
     if (run / "checkpoints").exists():
         found = open_checkpoint(run)
-        loader.restore(found.meta["loader"], found.position)
+        if "loader" in found.meta:  # an imported model has read nothing
+            loader.restore(found.meta["loader"], found.position)
     return loader
 
 
@@ -160,14 +159,17 @@ def _best_checkpoints(run: Path) -> str:
 
     root = run / "checkpoints"
     found = [describe_checkpoint(root / name, reads_all=False) for name in candidates(root)]
-    whole = [record for record in found if record.get("step") is not None]
+    whole = {int(record["step"]): record for record in found if record["fault"] is None}
     if not whole:
-        return "There is no checkpoint; the run starts from its seed again."
-    losses = {int(record["step"]): record.get("val_loss") or record.get("loss") for record in whole}
-    known = {step: float(loss) for step, loss in losses.items() if loss is not None}
-    best = min(known, key=lambda step: known[step], default=None)
-    kept = ", ".join(f"step {step} (loss {loss})" for step, loss in sorted(losses.items()))
-    return f"Checkpoints: {kept}. The best by its loss is that of step {best}."
+        return "There is no whole checkpoint; the run starts from its seed again."
+    # One measure for all: not every save is validated, and the two losses do not compare.
+    measure = "val_loss" if any(record["val_loss"] is not None for record in whole.values()) else "loss"
+    losses = {step: float(r[measure]) for step, r in sorted(whole.items()) if r[measure] is not None}
+    kept = ", ".join(f"step {step}" for step in sorted(whole))
+    if not losses:
+        return f"Checkpoints: {kept}. None has a loss with it; the newest is that of step {max(whole)}."
+    best = min(losses, key=lambda step: losses[step])
+    return f"Checkpoints: {kept}. The best is that of step {best}, with a {measure} of {losses[best]:.4f}."
 
 
 # --- replay -------------------------------------------------------------------------------------------
@@ -180,16 +182,15 @@ def replay(run: Path, rollback: Rollback, step: int | None) -> str:
 
     Raises:  CheckpointError if there is no such checkpoint
     """
-    import torch
-
     from megalite.checkpoint.retention import step_name
     from megalite.checkpoint.store import open_checkpoint
+    from megalite.config import MeshConfig
     from megalite.config_file import load_config
     from megalite.engines.native import NativeEngine
     from megalite.parallel.mesh import build_mesh
 
-    whole = load_config(run / "config.toml", [f"run_dir={str(run)!r}"])
-    config = alone(whole)
+    divided = load_config(run / "config.toml", [f"run_dir={str(run)!r}"])
+    config = divided.model_copy(update={"mesh": MeshConfig()})  # the same model on one process
     loader = open_loader(run)
     found = open_checkpoint(run if step is None else run / "checkpoints" / step_name(step))
     engine = NativeEngine(config, build_mesh())
@@ -203,7 +204,6 @@ def replay(run: Path, rollback: Rollback, step: int | None) -> str:
         return sums.loss / max(sums.tokens, 1.0), correction * math.sqrt(max(sums.grad_norm_squared, 0.0))
 
     start, stop = rollback.skipped
-    torch.set_grad_enabled(True)
     inside = {first: measure(first) for first in range(start, stop - size + 1, size)}
     beside = {first: measure(first) for first in range(stop, 2 * stop - start - size + 1, size)}
     odd = [first for first, values in inside.items() if _is_outlier(values, list(beside.values()))]
@@ -218,13 +218,6 @@ def replay(run: Path, rollback: Rollback, step: int | None) -> str:
     else:
         lines.append("bad moment: for these weights the batches are like those after them")
     return "\n".join(lines)
-
-
-def alone(config: Config) -> Config:
-    """The same model on one process."""
-    from megalite.config import MeshConfig
-
-    return config.model_copy(update={"mesh": MeshConfig()})
 
 
 def _is_outlier(values: tuple[float, float], others: Sequence[tuple[float, float]]) -> bool:

@@ -31,8 +31,8 @@ from megalite.data.tokenizer import load_tokenizer
 from megalite.engines.allocator import keep_freed_memory
 from megalite.engines.engine import Engine
 from megalite.engines.native import NativeEngine
-from megalite.errors import CheckpointError, ConfigError, DivergedError, PreemptedError
-from megalite.log import RunLog
+from megalite.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError
+from megalite.log import LEDGER, RunLog
 from megalite.meter import Measured, Meter, StepReport
 from megalite.model.flops import has_products
 from megalite.optim.lr import learning_rate
@@ -196,10 +196,10 @@ class Trainer:
         if found.cause == "data":
             return runs[-1], "data"
         self.log.event("hardware", self.step + 1, cause=found.cause, ranks=list(found.ranks), shares=shares)
+        ranks = " or ".join(f"rank {rank}" for rank in found.ranks)
         line = (
-            f"step {self.step + 1} came out differently when it was computed again: {found.cause} error on "
+            f"step {self.step + 1} came out differently when computed again: {found.cause} error on {ranks}"
         )
-        line += " or ".join(f"rank {rank}" for rank in found.ranks)
         self.log.say(line)
         if found.cause == "persistent":
             raise DivergedError(f"{line}; take its host out, and continue from {self.run_dir}/checkpoints")
@@ -320,13 +320,15 @@ class Trainer:
             self.log.say(
                 f"{mesh.size} processes = {sizes}; rank = (dp · {mesh.pp.size} + pp) · {mesh.tp.size} + tp"
             )
+        if skipped := [rollback.skipped for rollback in self.recovery.ladder.rollbacks]:
+            self.log.say(f"note: {LEDGER} has rollbacks; samples {skipped} stay left out")
         if found is None:
-            begun = {"processes": self.mesh.size, "parameters": self.engine.num_parameters}
+            begun = {"processes": mesh.size, "parameters": self.engine.num_parameters}
             self.log.event("start", 0, **begun, sources=self.loader.summary())
             for (file, block), reason in self.loader.bad_blocks.items():
                 self.log.event("bad_block", 0, file=file, batch=block, reason=reason, samples=[])
             return
-        self.log.event("resume", self.step, processes=self.mesh.size, refused=list(found.refused))
+        self.log.event("resume", self.step, processes=mesh.size, refused=list(found.refused))
         self.log.say(f"continuing {self.run_dir} at step {self.step} of {self.config.train.steps}")
         if self.has_new_mixture:
             self.log.event("mixture", self.step, position=self.position)
@@ -389,14 +391,13 @@ class Trainer:
         start, stop = ladder.window(spike, to_step)
         rollback = Rollback(spike.onset, spike.detected, spike.reason, to_step, (index(start), index(stop)))
         curve = f"spikes/step_{spike.detected:08d}.jsonl"
-        together(lambda: self.log.keep_curve(self.run_dir / curve, to_step), self.mesh)
+        self.log.keep_curve(self.run_dir / curve, to_step)
         self.log.event("rollback", self.step, **rollback.to_json(), curve=curve)
         self.log.say(
             f"spike at step {spike.onset} ({spike.reason}): back to step {to_step}, and on without samples "
             f"{rollback.skipped[0]} to {rollback.skipped[1] - 1}"
         )
-        earlier = ladder.rollbacks
-        self._restore(found, [*earlier, rollback])
+        self._restore(found, [*ladder.rollbacks, rollback])
         self.recovery.snapshots.forget_after(to_step)
         self.log.resume(to_step)
 
@@ -404,6 +405,9 @@ class Trainer:
         """The error that ends a run which cannot help itself, once its report is written."""
         path = self.run_dir / "diverged.md"
         if self.mesh.rank == 0:
-            write_report(path, reason, samples, self.recovery.ladder.rollbacks, self.loader)
+            try:
+                write_report(path, reason, samples, self.recovery.ladder.rollbacks, self.loader)
+            except (OSError, DataError) as error:  # the divergence is what the run ends with, on every rank
+                self.log.say(f"alert: cannot write {path}: {error}")
         self.log.event("diverged", self.step, reason=reason, samples=list(samples))
         return DivergedError(f"{reason}; {path} says what was tried and which documents were read")

@@ -6,7 +6,7 @@ torch alone and knows nothing of the trainer.
 """
 
 from megalite_kernels.adamw import adamw_
-from megalite_kernels.attention import attention
+from megalite_kernels.attention import attention, doc_starts_of
 from megalite_kernels.cross_entropy import VocabShard, cross_entropy_
 from megalite_kernels.dropout import dropout
 from megalite_kernels.embedding import embedding
@@ -24,6 +24,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "cross_entropy_",
+    "doc_starts_of",
     "dropout",
     "embedding",
     "gelu",

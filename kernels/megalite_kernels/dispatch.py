@@ -9,6 +9,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from megalite_kernels.tiles import architecture, choice
@@ -17,6 +18,7 @@ Impl = Literal["auto", "triton", "torch", "reference"]
 Resolved = Literal["triton", "torch", "reference"]
 IMPLS: tuple[Impl, ...] = ("auto", "triton", "torch", "reference")
 VARIABLE = "MEGALITE_KERNELS"
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _asked: list[tuple[str, str]] | None = None
 
 
@@ -38,7 +40,7 @@ def resolve(impl: Impl, operation: str, x: Tensor, variant: str = "") -> Resolve
         asked = os.environ.get(VARIABLE, "auto")
         origin = VARIABLE
     if asked == "auto":
-        if not x.is_cuda or not has_triton():
+        if not x.is_cuda or not has_triton() or x.dtype not in KERNEL_DTYPES:
             return "torch"
         return choice(operation, variant, architecture(x.device))
     if asked == "torch":
@@ -49,6 +51,8 @@ def resolve(impl: Impl, operation: str, x: Tensor, variant: str = "") -> Resolve
         if not has_triton() or not (x.is_cuda or is_interpreted()):
             missing = f"tensors on {x.device}" if has_triton() else "no triton installed"
             raise ValueError(f"{origin}='triton' with {missing}: kernels run on CUDA; use torch")
+        if x.dtype not in KERNEL_DTYPES:  # a kernel would compute in fp32 and say nothing
+            raise ValueError(f"{origin}='triton' with {x.dtype}: kernels take bf16, fp16 and fp32; use torch")
         return "triton"
     raise ValueError(f"{origin}={asked!r} is no kernel implementation; use one of {', '.join(IMPLS)}")
 

@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 from megalite.config import DataConfig
 from megalite.data.batch import Allocate, Batch, Replacement, Rows
 from megalite.data.best_fit import BestFit, Chunks, Table
-from megalite.data.mixture import temperature_weights
 from megalite.data.order import Order, order_key, permute
 from megalite.data.packing import Concat, Packing
 from megalite.data.readahead import ReadAhead
-from megalite.data.schedule import Blend, Phase, SeqLens, Skips
+from megalite.data.schedule import Blend, SeqLens, Skips, build_phases, first_sample
 from megalite.data.shards import CorruptBlockError, Dataset
 from megalite.errors import ConfigError, DataError
 
@@ -35,15 +34,6 @@ PLANNED = 512  # samples whose places are worked out together, for that costs li
 MAX_HINTED = 1024  # record batches remembered as already asked for
 
 Ints = NDArray[np.int64]
-
-
-class Passage(NamedTuple):
-    """A document's tokens in a sample, uint16|uint32 [n], and where the document comes from."""
-
-    dataset: str
-    source: str
-    doc_id: str
-    tokens: NDArray[Any]
 
 
 class Share(NamedTuple):
@@ -132,15 +122,15 @@ class DataLoader:
         # A name says which data a source is, wherever it lies and whichever others there are.
         self.names = [f"{digest}.{digests[:n].count(digest)}" for n, digest in enumerate(digests)]
         self._tables: list[tuple[Chunks, Table]] = []
-        self._packings = self._build_packings(tables)
+        self.packings = self._build_packings(tables)
         self._orders = [
             Order(packing.layout, seed, name, config.shuffle)
-            for packing, name in zip(self._packings, self.names, strict=True)
+            for packing, name in zip(self.packings, self.names, strict=True)
         ]
         self._seq_lens = SeqLens(
-            self.seq_len, [(self._first_sample(c.tokens), c.seq_len) for c in config.seq_len_schedule]
+            self.seq_len, [(first_sample(c.tokens, self.seq_len), c.seq_len) for c in config.seq_len_schedule]
         )
-        self._phases = self._build_phases()
+        self._phases = build_phases(config, [dataset.total_tokens for dataset in self.datasets])
         self._limits = [
             None if source.max_epochs is None else int(source.max_epochs * samples)
             for source, samples in zip(config.sources, self.samples, strict=True)
@@ -155,7 +145,7 @@ class DataLoader:
     @property
     def samples(self) -> list[int]:
         """Samples of each source."""
-        return [packing.layout.num_samples for packing in self._packings]
+        return [packing.layout.num_samples for packing in self.packings]
 
     @property
     def total_tokens(self) -> int:
@@ -298,22 +288,6 @@ class DataLoader:
         ids = np.array(sample_ids, dtype=np.int64)
         return self._gather(ids, *self.locate(ids), row_len=self.seq_len)
 
-    def passages(self, sample_id: int) -> list[Passage]:
-        """The documents that a sample is made of, in their order.
-
-        Raises:  DataError if it cannot be read
-        """
-        sources, samples = self.locate(np.array([sample_id]))
-        dataset, found = self.datasets[int(sources[0])], []
-        for number, start, stop in self._packings[int(sources[0])].pieces(int(samples[0])):
-            block = dataset.block(number)
-            names, origins = block.doc_ids, block.sources
-            first, last = (int(n) for n in np.searchsorted(block.offsets, [start + 1, stop]))
-            for d in range(first - 1, last):
-                low, high = max(start, int(block.offsets[d])), min(stop, int(block.offsets[d + 1]))
-                found.append(Passage(str(dataset.path), origins[d], names[d], block.tokens[low:high]))
-        return found
-
     def micro_batches(self, position: int, share: Share) -> list[Batch]:
         """One rank's part of the step that begins after `position` consumed samples.
 
@@ -373,7 +347,7 @@ class DataLoader:
         samples = np.concatenate([step.samples.ravel() for step in plan])
         for source, dataset in enumerate(self.datasets):
             hinted = self._hinted[source]
-            needed = self._packings[source].blocks(samples[sources == source]).tolist()
+            needed = self.packings[source].blocks(samples[sources == source]).tolist()
             if fresh := [number for number in needed if number not in hinted]:
                 dataset.prefetch(fresh)
             if len(hinted) > MAX_HINTED:
@@ -389,7 +363,7 @@ class DataLoader:
         replaced = []
         for row, (source, sample) in enumerate(zip(sources.tolist(), samples.tolist(), strict=True)):
             try:
-                self._packings[source].fill(sample, rows, row)
+                self.packings[source].fill(sample, rows, row)
             except CorruptBlockError as error:
                 self._replace(source, sample, rows, row, error)
                 replaced.append(Replacement(int(ids[row]), error.file, error.batch, error.reason))
@@ -407,7 +381,7 @@ class DataLoader:
             key = order_key(self._seed, attempt, self.names[source], "replacement")
             try:
                 other = int(permute(sample, self.samples[source], key))
-                return self._packings[source].fill(other, rows, row)
+                return self.packings[source].fill(other, rows, row)
             except CorruptBlockError:
                 continue
         raise error
@@ -422,27 +396,6 @@ class DataLoader:
         found = tables or [Table.build(each) for each in chunks]
         self._tables = list(zip(chunks, found, strict=True))
         return [BestFit(*each, config.shuffle_chunks) for each in self._tables]
-
-    def _build_phases(self) -> list[Phase]:
-        """The mixture from the start, by `sources` or `temperature`, and each change of it."""
-        config = self.config
-        tokens = [dataset.total_tokens for dataset in self.datasets]
-        if not tokens:
-            raise ConfigError("a mixture needs at least one source; data.sources is empty")
-
-        def weights(explicit: tuple[float, ...], temperature: float | None) -> tuple[float, ...]:
-            return explicit if temperature is None else temperature_weights(tokens, temperature)
-
-        first = weights(tuple(source.weight for source in config.sources), config.temperature)
-        changes = [
-            Phase(self._first_sample(change.tokens), weights(change.weights, change.temperature))
-            for change in config.schedule
-        ]
-        return [Phase(0, first), *changes]
-
-    def _first_sample(self, tokens: int) -> int:
-        """The first global sample of which at least so many tokens lie before."""
-        return -(-tokens // self.seq_len)
 
     def _order_settings(self) -> dict[str, Any]:
         """What numbers the samples of a source, by the key that sets it."""

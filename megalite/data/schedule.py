@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.data.mixture import Mixture
+from megalite.config import DataConfig
+from megalite.data.mixture import Mixture, temperature_weights
 from megalite.errors import ConfigError, DataError
 
 Ints = NDArray[np.int64]
@@ -135,6 +136,32 @@ class Blend:
                 return
             at = min(changes)
             cursors = segment.cursors_at(at)
+
+
+def build_phases(config: DataConfig, tokens: Sequence[int]) -> list[Phase]:
+    """The mixture from the start, by `sources` or `temperature`, and each change of it.
+
+    `tokens` are those of each source.
+
+    Raises:  ConfigError if there are no sources
+    """
+    if not tokens:
+        raise ConfigError("a mixture needs at least one source; data.sources is empty")
+
+    def weights(explicit: tuple[float, ...], temperature: float | None) -> tuple[float, ...]:
+        return explicit if temperature is None else temperature_weights(tokens, temperature)
+
+    first = weights(tuple(source.weight for source in config.sources), config.temperature)
+    changes = [
+        Phase(first_sample(change.tokens, config.seq_len), weights(change.weights, change.temperature))
+        for change in config.schedule
+    ]
+    return [Phase(0, first), *changes]
+
+
+def first_sample(tokens: int, seq_len: int) -> int:
+    """The first global sample of which at least so many tokens lie before."""
+    return -(-tokens // seq_len)
 
 
 class Skips:

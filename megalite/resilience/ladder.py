@@ -121,12 +121,6 @@ class Ladder:
             )
         return None
 
-    def went_back(self, rollback: Rollback) -> None:
-        """Take note of a rollback."""
-        self.rollbacks.append(rollback)
-        self.refused_in_a_row = 0
-        self._refused.clear()
-
     def lr_factor(self, step: int) -> float:
         """What the next step's learning rate is multiplied by after `step` steps: less for a while."""
         calm = self._resilience.calm_steps

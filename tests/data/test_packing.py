@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from megalite.data.batch import IGNORE
 from megalite.data.best_fit import Chunks, Table, pack
 from megalite.data.loader import DataLoader, Share
+from megalite.data.passages import passages
 from megalite.errors import DataError
 
 from .datasets import loader, random_documents, write
@@ -199,3 +200,19 @@ def test_too_little_data(tmp_path):
     assert loader(dataset, 100, packing="best_fit").samples == [1]
     with pytest.raises(DataError, match=r"has 10 tokens, one sample of data\.seq_len=10 needs 11"):
         loader(dataset, 10)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_passages_are_what_a_row_is_made_of(tmp_path, packing):
+    documents = random_documents([7, 3, 1, 25, 40, 9, 9, 2, 31])
+    data = loader(write(tmp_path / "d", documents, batch_tokens=50), 10, packing=packing)
+    for sample in range(data.samples[0]):
+        found = passages(data, sample)
+        row = data.batch([sample]).tokens[0]
+        read = np.concatenate([passage.tokens for passage in found])
+        assert row[: len(read)].tolist() == read.tolist()
+        assert packing == "best_fit" or len(read) == 10
+        for passage in found:
+            whole = documents[int(passage.doc_id.removeprefix("doc"))].tolist()
+            part = passage.tokens.tolist()
+            assert any(whole[at : at + len(part)] == part for at in range(len(whole)))

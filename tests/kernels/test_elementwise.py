@@ -189,5 +189,10 @@ def test_implementations_are_chosen_by_word(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MEGALITE_KERNELS", "cuda")
     with pytest.raises(ValueError, match="MEGALITE_KERNELS='cuda' is no kernel implementation"):
         resolve("auto", "norm", torch.empty(1))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("megalite_kernels.dispatch.has_triton", lambda: True)
+    assert resolve("triton", "norm", torch.empty(1)) == "triton"
+    with pytest.raises(ValueError, match=r"'triton' with torch\.float64: kernels take bf16, fp16 and fp32"):
+        resolve("triton", "norm", torch.empty(1, dtype=torch.float64))
     with pytest.raises(ValueError, match="impl='fast'"):
         resolve("fast", "norm", torch.empty(1))  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from megalite.cli import main
 from megalite.config import Config
 from megalite.data.batch import Batch
 from megalite.engines.engine import StepSums
-from megalite.errors import ConfigError, DivergedError
+from megalite.errors import CheckpointError, ConfigError, DivergedError
 from megalite.log import read_json_lines
 from megalite.parallel.mesh import Mesh
 from megalite.resilience.ladder import Rollback
@@ -192,8 +192,26 @@ def test_a_run_that_cannot_be_helped_ends_with_a_report(root: Path, alone: Mesh)
     assert caught.value.exit_code == 77
     report = (root / "run/diverged.md").read_text()
     assert report.count("- spike at step") == 2
-    assert "The best by its loss is that of step" in report
+    assert "The best is that of step" in report
     assert "synthetic  doc-" in report  # source and name of what was read
+
+
+@pytest.mark.parametrize("line", ['{"event": "rollback"}', '{"event": "rollback", "skipped": [1, "x"]}'])
+def test_a_ledger_that_was_tampered_with_is_named(root: Path, alone: Mesh, line: str) -> None:
+    run(alone, tiny(root, "train.steps=3"), [], "", [])
+    with (root / "run/ledger.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(CheckpointError, match=r"ledger\.jsonl has a rollback that is not one"):
+        Trainer(tiny(root, "train.steps=4"), alone)
+
+
+def test_earlier_rollbacks_are_told_at_the_start(
+    root: Path, alone: Mesh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(alone, tiny(root, *SHORT), [batches(13, 16)], "nan", [])
+    capsys.readouterr()
+    Trainer(tiny(root, *SHORT), alone)
+    assert "note: ledger.jsonl has rollbacks; samples [(192, 384)] stay left out" in capsys.readouterr().err
 
 
 def disturbed(mesh: Mesh, config: Config, wrong: list[float]) -> Any:

@@ -107,5 +107,5 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="head_dim is 264; the Triton attention takes up to 256"):
         kernel(x, x, x)
     x = torch.zeros(1, 2, 1, 64, dtype=torch.float64)
-    with pytest.raises(ValueError, match="float64; the Triton attention takes"):
+    with pytest.raises(ValueError, match="float64: kernels take bf16, fp16 and fp32"):
         kernel(x, x, x)
