@@ -33,10 +33,25 @@ setup(
     ],
     extras_require={
         "tokenizers": ["tokenizers>=0.20.3"],
+        # Everything `megalite data build` can use but for what is large or rare, which has its own.
+        "data": [
+            "tokenizers>=0.20.3",
+            "numba>=0.61",
+            "ftfy>=6.2",
+            "py3langid>=0.3",
+            "resiliparse>=0.15",
+        ],
+        "hub": ["datasets>=3.0"],
+        "fasttext": ["fasttext-wheel>=0.9.2"],
         "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6", "gcsfs>=2024.6"],
         "deepspeed": ["deepspeed>=0.19"],
         "dev": [
             "tokenizers>=0.20.3",
+            "numba>=0.61",
+            "ftfy>=6.2",
+            "py3langid>=0.3",
+            "resiliparse>=0.15",
+            "tiktoken>=0.8",
             "transformers>=5.0",
             "deepspeed>=0.19",
             "megatron-core>=0.16.1",

@@ -7,16 +7,23 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from megalite.config import Config
 from megalite.errors import ConfigError
 
+M = TypeVar("M", bound=BaseModel)
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file, apply `section.key=value` overrides, check everything.
+    """A run's configuration, as `load_toml` reads it."""
+    return load_toml(Config, path, overrides)
+
+
+def load_toml(root: type[M], path: str | Path, overrides: Sequence[str] = ()) -> M:
+    """Read a TOML file into `root`, apply `section.key=value` overrides, check everything.
 
     Raises:  ConfigError naming the file, line, key, value and remedy
     """
@@ -30,23 +37,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"cannot read {path}: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    return build_config(values, overrides, path=path, source=source)
+    return _build(root, values, overrides, path, source)
 
 
-def build_config(
-    values: dict[str, Any], overrides: Sequence[str] = (), *, path: Path | None = None, source: str = ""
-) -> Config:
+def build_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Check plain nested values (as `tomllib` gives them) with overrides on top.
 
     Raises:  ConfigError
     """
+    return _build(Config, values, overrides, None, "")
+
+
+def _build(
+    root: type[M], values: dict[str, Any], overrides: Sequence[str], path: Path | None, source: str
+) -> M:
     overridden = set()
     for override in overrides:
         overridden.add(_apply_override(values, override))
     try:
-        return Config.model_validate(values)
+        return root.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, path, source, overridden)) from None
+        raise ConfigError(_explain(error, root, path, source, overridden)) from None
 
 
 def to_toml(config: Config) -> str:
@@ -60,21 +71,21 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def describe_keys() -> str:
+def describe_keys(root: type[BaseModel] = Config) -> str:
     """Every key with its default and meaning, one a line."""
     lines = []
 
     def walk(section: type[BaseModel], prefix: str) -> None:
         for key, field in section.model_fields.items():
-            inner = _section_type([*prefix.split(".")[:-1], key])
-            if prefix == "" and inner is not Config and field.description is None:
+            inner = _section_type(root, [*prefix.split(".")[:-1], key])
+            if prefix == "" and inner is not root and field.description is None:
                 lines.append(f"\n[{key}]  {(inner.__doc__ or '').splitlines()[0]}")
                 walk(inner, f"{key}.")
                 continue
             default = "required" if field.is_required() else _toml_value(field.default)
             lines.append(f"  {prefix}{key:<{28 - len(prefix)}} {default:<12} {field.description}")
 
-    walk(Config, "")
+    walk(root, "")
     return "\n".join(lines)
 
 
@@ -123,7 +134,9 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     return key
 
 
-def _explain(error: ValidationError, path: Path | None, source: str, overridden: set[str]) -> str:
+def _explain(
+    error: ValidationError, root: type[BaseModel], path: Path | None, source: str, overridden: set[str]
+) -> str:
     """The first problem on one line (and how many more there are)."""
     # A misspelt key is also a missing one; the spelling is what the user can mend.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
@@ -132,18 +145,18 @@ def _explain(error: ValidationError, path: Path | None, source: str, overridden:
     key = ".".join(str(part) for part in where)
     value, kind = first["input"], first["type"]
     if kind == "extra_forbidden":
-        known = _known_keys(where[:-1])
+        known = list(_section_type(root, where[:-1]).model_fields)
         near = difflib.get_close_matches(str(where[-1]), known, n=1)
-        elsewhere = difflib.get_close_matches(str(where[-1]), _all_keys(), n=1, cutoff=0.85)
+        elsewhere = difflib.get_close_matches(str(where[-1]), _all_keys(root), n=1, cutoff=0.85)
         if near:
             hint = f"; did you mean {'.'.join([*map(str, where[:-1]), near[0]])}?"
         elif elsewhere:
-            hint = f"; did you mean {_all_keys()[elsewhere[0]]}?"
+            hint = f"; did you mean {_all_keys(root)[elsewhere[0]]}?"
         else:
             hint = f"; known keys: {', '.join(known)}"
         text = f"unknown key {key}{hint}"
     elif kind == "missing":
-        text = f"{key} is required ({_describe(where)})"
+        text = f"{key} is required ({_describe(root, where)})"
     elif kind == "value_error":
         text = first["msg"].removeprefix("Value error, ")
         if key:
@@ -152,15 +165,15 @@ def _explain(error: ValidationError, path: Path | None, source: str, overridden:
             where, key = tuple(named[0].split(".")), named[0]
     else:
         expected = first["msg"].removeprefix("Input should be ")
-        text = f"{key}={value!r}: should be {expected} ({_describe(where)})"
+        text = f"{key}={value!r}: should be {expected} ({_describe(root, where)})"
     is_overridden = any(f"{name}.".startswith(f"{key}.") for name in overridden)
     place = "command line" if is_overridden else _locate(path, source, where)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{text}{f' ({place})' if place else ''}{more}"
 
 
-def _section_type(where: Iterable[Any]) -> type[BaseModel]:
-    current: type[BaseModel] = Config
+def _section_type(root: type[BaseModel], where: Iterable[Any]) -> type[BaseModel]:
+    current = root
     for part in where:
         field = current.model_fields.get(part) if isinstance(part, str) else None
         if field is not None:
@@ -169,14 +182,10 @@ def _section_type(where: Iterable[Any]) -> type[BaseModel]:
     return current
 
 
-def _known_keys(where: Iterable[Any]) -> list[str]:
-    return list(_section_type(where).model_fields)
-
-
-def _all_keys() -> dict[str, str]:
+def _all_keys(root: type[BaseModel]) -> dict[str, str]:
     """Leaf key → full dotted key, for keys put into the wrong section."""
     keys = {}
-    for section, field in Config.model_fields.items():
+    for section, field in root.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             keys.update({leaf: f"{section}.{leaf}" for leaf in kind.model_fields})
@@ -185,8 +194,8 @@ def _all_keys() -> dict[str, str]:
     return keys
 
 
-def _describe(where: tuple[Any, ...]) -> str:
-    field = _section_type(where[:-1]).model_fields.get(str(where[-1])) if where else None
+def _describe(root: type[BaseModel], where: tuple[Any, ...]) -> str:
+    field = _section_type(root, where[:-1]).model_fields.get(str(where[-1])) if where else None
     return (field.description if field is not None else None) or "a table of settings"
 
 

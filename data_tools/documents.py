@@ -1,0 +1,193 @@
+"""Parts: the Parquet files that steps hand to each other, written whole or not at all, read in batches.
+
+A part holds documents, one a row. Every step keeps the columns it does not know. A row group holds about
+GROUP_BYTES of text, which bounds the memory of every step, and each page carries a checksum.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from megalite.data.folder import disk_errors
+from megalite.data.staging import fsync
+from megalite.errors import DataError
+
+# id: stable between runs, free of machine paths. source: what a mixture's weights name. meta: a JSON object
+# of whatever else came with the document, null if nothing did.
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("meta", pa.string()),
+    ]
+)
+GROUP_BYTES = 8 << 20
+GROUP_ROWS = 1 << 16
+ZSTD_LEVEL = 3
+# A column of one row group, dictionary pages and a damaged header included, never needs more.
+MAX_DOCUMENT_BYTES = 1 << 30
+
+
+class Texts(NamedTuple):
+    """A string column as its bytes: row i is `data[offsets[i] : offsets[i + 1]]`, UTF-8.
+
+    Shapes:  data uint8 [bytes]; offsets int64 [rows + 1]
+    """
+
+    data: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Bytes of each row, int64 [rows]."""
+        return np.diff(self.offsets)
+
+
+def texts(column: pa.Array) -> Texts:
+    """View a string column without copying its bytes. Nulls are empty."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if column.null_count:
+        column = column.fill_null("")
+    if column.type not in (pa.string(), pa.large_string()):
+        raise TypeError(f"a column of {column.type} is not text")
+    width = np.int32 if column.type == pa.string() else np.int64
+    _, offsets, data = column.buffers()
+    if len(column) == 0 or offsets is None:
+        return Texts(np.zeros(0, np.uint8), np.zeros(len(column) + 1, np.int64))
+    bounds = np.frombuffer(offsets, dtype=width)[column.offset : column.offset + len(column) + 1]
+    flat = np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, np.uint8)
+    return Texts(flat, bounds.astype(np.int64))
+
+
+def text_column(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> pa.Array:
+    """The inverse of `texts`: bytes that are valid UTF-8 and their row bounds as a string column.
+
+    Raises:  DataError if the column exceeds what 32-bit offsets can say
+    """
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise DataError(f"{int(offsets[-1])} bytes of text in one batch; split documents above 1 GiB")
+    buffers = [None, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(np.ascontiguousarray(data))]
+    return pa.Array.from_buffers(pa.string(), len(offsets) - 1, buffers)
+
+
+def with_column(batch: pa.RecordBatch, name: str, values: Any) -> pa.RecordBatch:
+    """The batch with a column set: replaced where it is there, appended where not."""
+    array = values if isinstance(values, pa.Array) else pa.array(values)
+    index = batch.schema.get_field_index(name)
+    if index < 0:
+        return batch.append_column(name, array)
+    return batch.set_column(index, batch.schema.field(index).with_type(array.type), array)
+
+
+def read_part(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """A part's batches, a row group each, in order; with `columns` only those. An empty part has one, empty.
+
+    Raises:  DataError naming the file if it is missing, damaged, or has not the columns
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            wanted = list(names if columns is None else columns)
+            if absent := [name for name in (*SCHEMA.names, *wanted) if name not in names]:
+                raise DataError(f"{path} has no column {absent[0]}; it has {', '.join(names)}")
+            if not file.num_row_groups:
+                yield pa.RecordBatch.from_pylist([], file.schema_arrow).select(wanted)
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=wanted, use_threads=False).select(wanted)
+                yield table.combine_chunks().to_batches()[0]
+    except FileNotFoundError:
+        raise DataError(f"no part {path}; run the step that makes it again") from None
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} is damaged ({error}); remove its step's folder, and run again") from None
+
+
+def part_rows(path: Path) -> int:
+    """How many documents a part holds, from its footer."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+
+
+class PartWriter:
+    """Write a part; it appears under its name, durable, when the `with` block ends without an exception.
+
+    Batches of any size are joined and cut to row groups of about GROUP_BYTES of text. The same rows give the
+    same file, however they are cut into batches. A part without a row is a file all the same.
+
+    Raises:  DataError if the disk refuses
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema = SCHEMA) -> None:
+        self._path = path
+        self._staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._schema = schema
+        self._file: pq.ParquetWriter | None = None
+        self._pending: list[pa.RecordBatch] = []
+        self._bytes = self._rows = 0
+
+    def __enter__(self) -> Self:
+        with disk_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = pq.ParquetWriter(
+                self._staging,
+                self._schema,
+                compression="zstd",
+                compression_level=ZSTD_LEVEL,
+                use_dictionary=["source"],
+                write_statistics=False,
+                write_page_checksum=True,
+            )
+        return self
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Append rows; columns in any order, all of the schema's."""
+        batch = batch.select(self._schema.names)
+        sizes = texts(batch.column("text")).sizes
+        start = 0
+        while start < batch.num_rows:
+            # The rows that still fit, and at least one into an empty group.
+            ends = self._bytes + np.cumsum(sizes[start : start + GROUP_ROWS - self._rows])
+            count = int(np.searchsorted(ends, GROUP_BYTES, side="right"))
+            if count == 0 and not self._rows:
+                count = 1
+            if count:
+                self._pending.append(batch.slice(start, count))
+                self._bytes, self._rows = int(ends[count - 1]), self._rows + count
+                start += count
+            if start < batch.num_rows or self._rows == GROUP_ROWS:
+                self._flush()
+
+    def _flush(self) -> None:
+        if self._pending and self._file is not None:
+            table = pa.Table.from_batches(self._pending).cast(self._schema)
+            with disk_errors(self._path):
+                self._file.write_table(table.combine_chunks(), row_group_size=GROUP_ROWS)
+        self._pending, self._bytes, self._rows = [], 0, 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            with disk_errors(self._path):
+                if kind is None:
+                    self._flush()
+                if self._file is not None:
+                    self._file.close()
+                if kind is None:
+                    fsync(self._staging)
+                    self._staging.rename(self._path)
+                    fsync(self._path.parent)
+        finally:
+            self._staging.unlink(missing_ok=True)
