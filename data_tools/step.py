@@ -141,9 +141,7 @@ class Step:
         found = read_marker(self.folder, path.stem)
         inside = {item.name for item in self.folder.iterdir()} if self.folder.exists() else set()
         if found is None and inside - {"ranks"}:
-            raise DataError(
-                f"{self.folder} is in the way and no step made it; name another folder or remove it"
-            )
+            raise DataError(f"{self.folder} is in the way, no step made it; name another folder or remove it")
         if found is not None and not renew:
             changes = changed_keys(found, {**self._head, "fingerprint": self.fingerprint})
             changes.pop("fingerprint", None)

@@ -1,0 +1,130 @@
+"""A step's folder says how it was made, is made again only when asked, and accounts for every document."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from data_tools.crew import Crew, Place
+from data_tools.documents import read_part
+from data_tools.flow import KEPT, Flow
+from data_tools.step import Step, read_report, step_parts
+from megalite.config.section import Section
+from megalite.errors import DataError
+from tests.data_tools.corpora import files_of, texts_of, write_step
+
+PARTS = [[("a", "x", "one"), ("b", "y", "three")], [("c", "x", "seven"), ("d", "x", "")]]
+
+
+class Limits(Section):
+    """Of the step below."""
+
+    most: int = 4
+
+
+def keep_short(most: int, path: Path, flow: Flow) -> Iterator[pa.RecordBatch]:
+    """Documents of at most so many bytes."""
+    for batch in read_part(path):
+        long = pc.greater(pc.binary_length(batch.column("text")), most).to_numpy(zero_copy_only=False)
+        flow.pass_batch(batch, long.astype(int) + KEPT, ["long"], why=["too long"] * batch.num_rows)
+        yield batch.filter(pa.array(~long))
+
+
+def run(source: Path, out: Path, most: int = 4, *, renew: bool = False, place: Place | None = None) -> Flow:
+    """A whole step."""
+    with Crew(out, 1, place) as crew:
+        settings = Limits(most=most)
+        step = Step(out, "short", 1, settings, [source], crew, renew=renew)
+        if step.is_finished:
+            return Flow.from_json(read_report(out))
+        return step.finish(step.map_parts(step_parts(source), partial(keep_short, most)), limit=most)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Four documents of two sources in two parts."""
+    return write_step(tmp_path / "in", PARTS)
+
+
+def test_a_step_hands_on_what_it_kept_and_counts_the_rest(tmp_path: Path, source: Path) -> None:
+    flow = run(source, tmp_path / "out")
+    assert texts_of(tmp_path / "out") == ["one", ""]
+    assert flow.totals() == (4, 2, 13, 3)
+    report = read_report(tmp_path / "out")
+    assert report["limit"] == 4
+    assert report["sources"]["x"] == {
+        "in_documents": 3,
+        "in_bytes": 8,
+        "out_documents": 2,
+        "out_bytes": 3,
+        "dropped": {"long": {"documents": 1, "bytes": 5}},
+    }
+    assert report["examples"]["long"] == [
+        {"source": "y", "id": "b", "text": "three", "why": "too long"},
+        {"source": "x", "id": "c", "text": "seven", "why": "too long"},
+    ]
+
+
+def test_a_finished_step_is_left_alone_and_one_made_otherwise_refused(tmp_path: Path, source: Path) -> None:
+    run(source, tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/parts")
+    run(source, tmp_path / "out")
+    assert not (tmp_path / "out/parts").exists()  # nothing was done
+    with pytest.raises(DataError, match=r"out was made with settings\.most=4, not 5; name another folder"):
+        run(source, tmp_path / "out", 5)
+    run(source, tmp_path / "out", 5, renew=True)
+    assert texts_of(tmp_path / "out") == ["one", "three", "seven", ""]
+    run(source, tmp_path / "out", 4, renew=True)
+    assert files_of(tmp_path / "out") == before
+
+
+def test_another_input_makes_another_step(tmp_path: Path, source: Path) -> None:
+    run(source, tmp_path / "out")
+    run(source, tmp_path / "short", 3)
+    run(tmp_path / "short", tmp_path / "out2", 4)
+    with pytest.raises(DataError, match="was made with inputs="):
+        run(source, tmp_path / "out2", 4)
+
+
+def test_an_unfinished_input_is_refused(tmp_path: Path, source: Path) -> None:
+    (source / "report.json").unlink()
+    with pytest.raises(DataError, match=r"in is not a finished step \(no report\.json\)"):
+        run(source, tmp_path / "out")
+
+
+def test_what_no_step_made_is_not_touched(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match="out is in the way, no step made it"):
+        run(source, tmp_path / "out", renew=True)
+    assert (tmp_path / "out/thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("gone", ["report.json", "done/parts/part-00001.json", "parts/part-00001.parquet"])
+def test_a_step_goes_on_where_it_stopped_to_the_same_bytes(tmp_path: Path, source: Path, gone: str) -> None:
+    run(source, tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    (tmp_path / "out/report.json").unlink()
+    if gone != "report.json":
+        (tmp_path / "out/done/parts/part-00001.json").unlink()
+        (tmp_path / "out" / gone).unlink(missing_ok=True)
+    run(source, tmp_path / "out")
+    assert files_of(tmp_path / "out") == before
+
+
+def test_a_document_that_vanished_is_a_bug_and_said_so() -> None:
+    flow = Flow()
+    flow.sources = {
+        "s": {"in_documents": 2, "in_bytes": 9, "out_documents": 1, "out_bytes": 9, "dropped": {}}
+    }
+    with pytest.raises(
+        DataError, match=r"short: 2 documents of s came in, but 1 went out and 0 were dropped"
+    ):
+        flow.check("short")
