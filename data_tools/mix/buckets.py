@@ -88,7 +88,10 @@ def _check_column(path: Path, by: str) -> None:
     """Raises:  DataError unless the part has numbers to order by"""
     if by == LENGTH:
         return
-    schema = pq.read_schema(path)
+    try:
+        schema = pq.read_schema(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
     index = schema.get_field_index(by)
     if index < 0:
         raise DataError(f"{path} has no column {by} (buckets.by); it has {', '.join(schema.names)}")

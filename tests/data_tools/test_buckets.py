@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +71,24 @@ def test_buckets_are_those_of_the_plain_reference(tmp_path: Path, by: str) -> No
 
 
 def test_the_cut_into_parts_and_the_ranks_do_not_matter(tmp_path: Path) -> None:
-    everything = rows(80)
-    buckets = []
-    for name, parts in {
-        "one": [everything],
-        "many": [everything[n : n + 9] for n in range(0, 80, 9)],
-    }.items():
-        source = write_rows(tmp_path / name, parts, SCORED)
-        with crew(tmp_path) as hands:
-            run(BucketSettings(by="quality"), source, tmp_path / f"{name}-out", hands)
-            before = files_of(tmp_path / f"{name}-out")
-            run(BucketSettings(by="quality"), source, tmp_path / f"{name}-out", hands)
-        assert files_of(tmp_path / f"{name}-out") == before
-        buckets.append([row["bucket"] for row in rows_of(tmp_path / f"{name}-out")])
-    assert buckets[0] == buckets[1]
+    everything, by = rows(80), BucketSettings(by="quality")
+    one = write_rows(tmp_path / "one", [everything], SCORED)
+    many = write_rows(tmp_path / "many", [everything[n : n + 9] for n in range(0, 80, 9)], SCORED)
+
+    def work(source: Path, out: Path, rank: int, world: int) -> None:
+        with crew(out.parent, rank=rank, world=world) as hands:
+            run(by, source, out, hands)
+
+    work(one, tmp_path / "a" / "out", 0, 1)
+    work(many, tmp_path / "b" / "out", 0, 1)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda rank: work(many, tmp_path / "c" / "out", rank, 2), range(2)))
+    found = [[row["bucket"] for row in rows_of(tmp_path / name / "out")] for name in "abc"]
+    assert found[0] == found[1] == found[2]
+    before = files_of(tmp_path / "b" / "out")
+    assert files_of(tmp_path / "c" / "out") == before
+    work(many, tmp_path / "b" / "out", 0, 1)
+    assert files_of(tmp_path / "b" / "out") == before
 
 
 def test_a_source_whose_documents_are_all_alike_has_one_bucket(tmp_path: Path) -> None:
