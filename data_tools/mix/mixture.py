@@ -285,7 +285,7 @@ def _write_plan(settings: MixSettings, tokenized: Path, out: Path) -> dict[str, 
 def _render(plan: Plan, section: dict[str, Any]) -> str:
     budget = plan.samples * plan.settings.seq_len
     lines = [
-        f"# For {budget:,} tokens, a run of train.steps × train.global_batch_size = {plan.samples:,}.",
+        f"# For {plan.samples:,} samples (train.steps × train.global_batch_size), {budget:,} tokens.",
         "# megalite train CONFIG data.mixture=THIS_FILE reads it; paths are relative to this file.",
         "[data]",
     ]

@@ -34,8 +34,10 @@ def _log(x: Floats) -> Floats:
 # Each maps shares [n, sources] to features [n, features].
 FEATURES: dict[str, Callable[[Floats], Floats]] = {
     "shares": lambda x: x,
+    "roots of shares": np.sqrt,
     "log shares": _log,
     "shares, quadratic": _quadratic,
+    "roots of shares, quadratic": lambda x: _quadratic(np.sqrt(x)),
     "log shares, quadratic": lambda x: _quadratic(_log(x)),
 }
 
@@ -87,8 +89,20 @@ def select(shares: Floats, losses: Floats) -> tuple[str, float]:
     return found
 
 
-def cross_validate(shares: Floats, losses: Floats, seed: int) -> tuple[float, float]:
-    """R² and Spearman's ρ of predictions for runs that neither the fit nor `select` has seen."""
+@dataclass(frozen=True)
+class Power:
+    """How well runs are predicted that neither the fit nor `select` has seen.
+
+    `error` is the root mean square of what predictions are off, in nats.
+    """
+
+    r2: float
+    spearman: float
+    error: float
+
+
+def cross_validate(shares: Floats, losses: Floats, seed: int) -> Power:
+    """The predictive power of `fit` with `select`, by folds."""
     order = np.random.default_rng([seed, 1]).permutation(len(losses))
     predicted = np.empty_like(losses)
     for fold in range(FOLDS):
@@ -96,9 +110,9 @@ def cross_validate(shares: Floats, losses: Floats, seed: int) -> tuple[float, fl
         rest = np.setdiff1d(order, out)
         model = fit(shares[rest], losses[rest], *select(shares[rest], losses[rest]))
         predicted[out] = model.predict(shares[out])
-    spread = np.square(losses - losses.mean()).sum()
-    r2 = 1 - np.square(losses - predicted).sum() / spread if spread > 0 else 0.0
-    return float(r2), spearman(losses, predicted)
+    error, spread = float(np.square(losses - predicted).mean()), float(losses.var())
+    r2 = 1 - error / spread if spread > 0 else 0.0
+    return Power(r2, spearman(losses, predicted), error**0.5)
 
 
 def spearman(a: Floats, b: Floats) -> float:
@@ -113,8 +127,10 @@ def spearman(a: Floats, b: Floats) -> float:
 class Proposal:
     """A mixture and its uncertainty, each interval the middle 90 % of the bootstrap.
 
-    Shapes:  weights [sources]; intervals [sources, 2]; gain and gain_interval: loss of the baseline less the
-             loss of the proposal, as predicted
+    `gain` is the predicted loss of the baseline less that of the proposal; its interval allows both
+    predictions the error they have on runs not fitted, too.
+
+    Shapes:  weights [sources]; intervals [sources, 2]
     """
 
     weights: Floats
@@ -129,11 +145,14 @@ def propose(
     candidates: Floats,
     baseline: Floats,
     *,
+    error: float,
     best: int,
     bootstraps: int,
     seed: int,
 ) -> Proposal:
     """The mean of the `best` candidates by the fit, and how it moves when the runs are drawn anew.
+
+    `error` is that of `cross_validate`.
 
     Shapes:  shares [runs, sources]; losses [runs]; candidates [n, sources]; baseline [sources]
     Source:  Liu et al. 2024, section 3 (mean of the top simulated mixtures)
@@ -158,7 +177,7 @@ def propose(
         rows = rng.integers(0, len(losses), len(losses))
         model = fit(shares[rows], losses[rows], features, ridge)
         tops.append(top(model))
-        gains.append(gain(model))
+        gains.append(gain(model) + 2**0.5 * error * rng.standard_normal())
     intervals = np.quantile(np.stack(tops), [0.05, 0.95], axis=0).T
     low, high = np.quantile(gains, [0.05, 0.95]).tolist()
     return Proposal(pair[1].copy(), intervals, gain(whole), (low, high))

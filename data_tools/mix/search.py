@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +25,7 @@ from data_tools.mix.regression import cross_validate, propose, select
 from data_tools.mix.shares import fill
 from data_tools.step import Step
 from megalite.config.section import Section
+from megalite.data.mixture import temperature_weights
 from megalite.errors import DataError
 
 KIND = "search"
@@ -43,7 +45,10 @@ class _Runs(Section):
         (0.5, 1.0, 2.0, 4.0),
         strict=False,
         min_length=1,
-        description="of the Dirichlet around the sizes, a number of sources each: small ones reach far",
+        description="of the Dirichlet they are drawn from, per source: small ones reach far",
+    )
+    temperature: float = Field(
+        2.0, ge=1, description="its centre, sizes^(1/T): above 1 small sources are tried more"
     )
     token_budget: int | None = Field(
         None, gt=0, description="tokens of the run the mixture is for; with it no mixture exceeds the caps"
@@ -121,7 +126,7 @@ def read_proposal(out: Path) -> dict[str, float]:
 
 
 class Prior:
-    """The mixtures a search looks at: a Dirichlet around the sources' sizes, below their caps.
+    """The mixtures a search looks at: a Dirichlet around the sources' tempered sizes, below their caps.
 
     Raises:  DataError if there is nothing to mix, or the caps leave less than the budget
     """
@@ -145,6 +150,8 @@ class Prior:
                     f"{int(settings.token_budget * self._limits.sum())}"
                 )
         self._sizes = sizes / sizes.sum()
+        centre = np.array(temperature_weights(tokens, settings.temperature))
+        self._centre = centre / centre.sum()
         self._settings = settings
 
     @property
@@ -165,7 +172,7 @@ class Prior:
 
     def _draw(self, rng: np.random.Generator, number: int) -> Floats:
         spread = self._settings.concentrations
-        alphas = spread[number % len(spread)] * len(self._sizes) * self._sizes
+        alphas = spread[number % len(spread)] * len(self._centre) * self._centre
         shares = (1 - PROPORTIONAL_PART) * rng.dirichlet(alphas) + PROPORTIONAL_PART * self._sizes
         return fill(shares, self._limits, 1.0)
 
@@ -213,7 +220,7 @@ def _conclude(
     shares = np.stack(mixtures)
     values = np.array([sum(weight * each[s] for s, weight in target.items()) for each in losses])
     features, ridge = select(shares, values)
-    r2, rank = cross_validate(shares, values, settings.seed)
+    power = cross_validate(shares, values, settings.seed)
 
     def by_source(numbers: Floats) -> dict[str, Any]:
         return dict(zip(prior.sources, np.round(numbers, 6).tolist(), strict=True))
@@ -221,15 +228,19 @@ def _conclude(
     found: dict[str, Any] = {
         "target": dict(target),
         "proportional": by_source(prior.proportional),
-        "fit": {"features": features, "ridge": ridge, "r2": round(r2, 4), "spearman": round(rank, 4)},
+        "fit": {
+            "features": features,
+            "ridge": ridge,
+            **{name: round(value, 4) for name, value in asdict(power).items()},
+        },
         "weights": None,
         "runs": [
             {"shares": by_source(mixture), "losses": dict(each), "target": round(float(value), 6)}
             for mixture, each, value in zip(mixtures, losses, values, strict=True)
         ],
     }
-    quality = f"on runs left out of the fit R² is {r2:.2f} and Spearman's ρ {rank:.2f}"
-    if r2 <= 0 or rank < settings.min_spearman:
+    quality = f"on runs left out of the fit R² is {power.r2:.2f} and Spearman's ρ {power.spearman:.2f}"
+    if power.r2 <= 0 or power.spearman < settings.min_spearman:
         found["conclusion"] = (
             f"nothing is proposed, for the fit does not predict: {quality} (search.min_spearman="
             f"{settings.min_spearman:g}); use more search.runs or longer proxies"
@@ -240,6 +251,7 @@ def _conclude(
         values,
         prior.candidates(settings.candidates),
         prior.proportional,
+        error=power.error,
         best=settings.best,
         bootstraps=settings.bootstraps,
         seed=settings.seed,
