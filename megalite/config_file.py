@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from megalite.config import Config
+from megalite.config import Config, DataConfig, Section
 from megalite.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
@@ -54,20 +55,49 @@ def _build(
     overridden = set()
     for override in overrides:
         overridden.add(_apply_override(values, override))
+    if root is Config:
+        _read_mixture(values)
     try:
         return root.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error, root, path, source, overridden)) from None
 
 
+class _MixtureFile(Section):
+    """What `data.mixture` names: a `[data]` table that says which data, not how they are read."""
+
+    data: DataConfig
+
+
+def _read_mixture(values: dict[str, Any]) -> None:
+    """Put the keys of the file that `data.mixture` names in its place; paths in it are relative to it.
+
+    Raises:  ConfigError if the file is unusable, or the run sets one of its keys otherwise
+    """
+    data = values.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("mixture"), str):
+        return
+    path = Path(data.pop("mixture"))
+    found = load_toml(_MixtureFile, path).data.model_dump(exclude_unset=True)
+    for source in (*found.get("sources", ()), *found.get("validation", ())):
+        if "://" not in source["path"]:
+            source["path"] = os.path.normpath(path.parent / source["path"])
+    for key, value in found.items():
+        if data.setdefault(key, value) != value:
+            ours, theirs = (" ".join(toml_value(each).split())[:60] for each in (data[key], value))
+            raise ConfigError(
+                f"data.{key}={ours} with data.mixture={path}, which says {theirs}; keep one of the two"
+            )
+
+
 def to_toml(config: Config) -> str:
     """The resolved configuration as TOML that `load_config` reads back to an equal object."""
     values = config.model_dump(exclude_none=True)
-    lines = [f"{key} = {_toml_value(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    lines = [f"{key} = {toml_value(value)}" for key, value in values.items() if not isinstance(value, dict)]
     for section, table in values.items():
         if isinstance(table, dict):
             lines += ["", f"[{section}]"]
-            lines += [f"{key} = {_toml_value(value)}" for key, value in table.items()]
+            lines += [f"{key} = {toml_value(value)}" for key, value in table.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -82,7 +112,7 @@ def describe_keys(root: type[BaseModel] = Config) -> str:
                 lines.append(f"\n[{key}]  {(inner.__doc__ or '').splitlines()[0]}")
                 walk(inner, f"{key}.")
                 continue
-            default = "required" if field.is_required() else _toml_value(field.default)
+            default = "required" if field.is_required() else toml_value(field.default)
             lines.append(f"  {prefix}{key:<{28 - len(prefix)}} {default:<12} {field.description}")
 
     walk(root, "")
@@ -101,7 +131,8 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return changes
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as it stands behind `key =`; a table inline."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -109,9 +140,9 @@ def _toml_value(value: Any) -> str:
         body = "".join(escapes.get(c, c if c.isprintable() else f"\\U{ord(c):08X}") for c in value)
         return f'"{body}"'
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {_toml_value(v)}" for k, v in value.items()) + " }"
+        return "{ " + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + " }"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
     return "none" if value is None else repr(value)
 
 

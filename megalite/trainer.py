@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from megalite.checkpoint.writer import Writer
 from megalite.config import Config
 from megalite.config_file import changed_keys, to_toml
 from megalite.data.batch import IGNORE, Batch
-from megalite.data.loader import Share
+from megalite.data.loader import DataLoader, Share
 from megalite.data.tokenizer import load_tokenizer
 from megalite.engines.allocator import keep_freed_memory
 from megalite.engines.engine import Engine
@@ -121,7 +121,8 @@ class Trainer:
                     record["loss_scale"] = scale.value
                 is_last = self.step == train.steps
                 if train.eval_every_steps and (self.step % train.eval_every_steps == 0 or is_last):
-                    record["val_loss"] = self.evaluate()
+                    record["val_loss"], losses = self.evaluate()
+                    record |= {"val_losses": losses} if len(losses) > 1 else {}
                 self.log.step(record)
                 spike = self._review(report)
                 if spike is not None and not report.is_preempted:
@@ -205,25 +206,34 @@ class Trainer:
             raise DivergedError(f"{line}; take its host out, and continue from {self.run_dir}/checkpoints")
         return runs[-1], "hardware"
 
-    def evaluate(self) -> float:
-        """Mean cross-entropy in nats over the validation samples, the same samples every time."""
-        if self.validation is None:
+    def evaluate(self) -> tuple[float, list[float]]:
+        """Mean cross-entropy in nats over the validation samples, the same samples every time: of all of
+        them, and of those of each dataset (nan where one has none among them)."""
+        loader = self.validation
+        if loader is None:
             raise ConfigError("data.validation is empty; name a held-out dataset")
-        count = min(self.config.train.eval_samples, sum(self.validation.samples))
-        dp, width, loader = self.mesh.dp, self.config.train.micro_batch_size, self.validation
-        # Every rank takes as many, since a forward pass may need the others' weights: what is over is
-        # computed with no label asked.
+        count = min(self.config.train.eval_samples, sum(loader.samples))
+        source, _ = loader.locate(np.arange(count))
+        parts = [np.flatnonzero(source == n) for n in range(len(loader.datasets))]
+        sums = [
+            self.engine.evaluate(self._share_of(loader, ids)) if ids.size else (0.0, 0.0) for ids in parts
+        ]
+        vector = torch.tensor(sums, dtype=torch.float64, device=self.mesh.device)
+        loss, tokens = all_reduce(vector, self.mesh.world).unbind(1)
+        return float(loss.sum() / tokens.sum().clamp(min=1.0)), (loss / tokens).tolist()
+
+    def _share_of(self, loader: DataLoader, samples: NDArray[np.int64]) -> Iterator[Batch]:
+        """This rank's micro-batches of validation samples.
+
+        Every rank takes as many, since a forward pass may need the others' weights: what is over is
+        computed with no label asked.
+        """
+        dp, width, count = self.mesh.dp, self.config.train.micro_batch_size, len(samples)
         mine = np.arange(dp.rank, -(-count // dp.size) * dp.size, dp.size)
-
-        def batch(indices: NDArray[np.int64]) -> Batch:
-            found = loader.batch(np.minimum(indices, count - 1))
-            asked = (indices < count)[:, None]
-            return replace(found, labels=np.where(asked, found.labels, IGNORE))
-
-        batches = (batch(mine[i : i + width]) for i in range(0, len(mine), width))
-        sums = torch.tensor(self.engine.evaluate(batches), dtype=torch.float64, device=self.mesh.device)
-        loss, tokens = all_reduce(sums, self.mesh.world).tolist()
-        return float(loss / max(tokens, 1.0))
+        for places in (mine[i : i + width] for i in range(0, len(mine), width)):
+            found = loader.batch(samples[np.minimum(places, count - 1)])
+            asked = (places < count)[:, None]
+            yield replace(found, labels=np.where(asked, found.labels, IGNORE))
 
     def save(self, record: dict[str, Any], is_last: bool) -> None:
         """Save this step, of which `record` tells the losses; see `Writer.save`.

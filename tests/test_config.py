@@ -37,6 +37,13 @@ steps = 10
 global_batch_size = 8
 micro_batch_size = 2
 """
+MIXTURE = """\
+[data]
+seq_len = 32
+sources = [{ path = "../web/train", weight = 0.7 }, { path = "s3://b/code" }, { path = "/books" }]
+schedule = [{ tokens = 640, weights = [1, 2, 3] }]
+validation = [{ path = "../web/valid" }]
+"""
 TWO = "data.sources=[{path='a'}, {path='b'}]"
 
 
@@ -188,6 +195,33 @@ def test_any_path_survives_a_round_trip(path: str) -> None:
     values["data"]["sources"] = [{"path": path}]
     config = build_config(values)
     assert build_config(tomllib.loads(to_toml(config))) == config
+
+
+def test_a_mixture_file_takes_the_place_of_its_keys(tmp_path: Path) -> None:
+    (tmp_path / "mix").mkdir()
+    path = tmp_path / "mix" / "data.toml"
+    path.write_text(MIXTURE)
+    data = _load(tmp_path, TOML, f"data.mixture={path}", "data.packing=best_fit").data
+    paths = [str(tmp_path / "web/train"), "s3://b/code", "/books"]
+    assert [(source.path, source.weight) for source in data.sources] == list(
+        zip(paths, [0.7, 1, 1], strict=True)
+    )
+    assert data.validation[0].path == str(tmp_path / "web/valid")
+    assert (data.schedule[0].tokens, data.packing, data.mixture) == (640, "best_fit", None)
+    config = _load(tmp_path, TOML, f"data.mixture={path}")
+    assert _load(tmp_path, to_toml(config)) == config
+    for override, words in {
+        TWO: ["data.sources=", "keep one of the two"],
+        "data.seq_len=16": ["data.seq_len=16", "says 32"],
+    }.items():
+        text = _mistake(tmp_path, TOML, f"data.mixture={path}", override)
+        assert all(word in text for word in [*words, f"data.mixture={path}"])
+    path.write_text(MIXTURE.replace("weight =", "wieght ="))
+    assert f"did you mean data.sources.0.weight? ({path}:3)" in _mistake(
+        tmp_path, TOML, f"data.mixture={path}"
+    )
+    assert "gone.toml" in _mistake(tmp_path, TOML, "data.mixture=gone.toml")
+    assert "data.mixture=5" in _mistake(tmp_path, TOML, "data.mixture=5")
 
 
 def test_a_batch_that_does_not_divide_by_the_processes(tmp_path: Path) -> None:

@@ -45,6 +45,10 @@ class DataConfig(Section):
     validation: tuple[Source, ...] = Field(
         (), strict=False, description="held-out datasets: [{path, weight}]"
     )
+    mixture: None = Field(
+        None,
+        description="a file of `megalite data mix`, read in place of this key: sources, schedule, seq_len …",
+    )
     temperature: float | None = Field(
         None, gt=0, description="T: shares in proportion to tokens^(1/T) in place of weights"
     )

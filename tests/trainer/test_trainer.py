@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,27 @@ def test_loss_falls_below_what_frequencies_alone_allow(root: Path, alone: Mesh) 
     assert records[-1]["val_loss"] < 2.5 < 4.1 < records[0]["loss"]  # 64 byte values: ln 64 = 4.16
     assert [r["step"] for r in records if "val_loss" in r] == [30, 60]
     assert records[-1]["position"] == 60 * 24
+
+
+def test_each_validation_dataset_has_a_loss_of_its_own(root: Path, alone: Mesh) -> None:
+    common = ["train.steps=3", "train.eval_every_steps=3", "train.eval_samples=12"]
+    sets = [f"{{path='{root}/valid'}}", f"{{path='{root}/train', weight=3}}"]
+    both = f"data.validation=[{','.join(sets)}]"
+    (*_, record) = train(alone, tiny(root, *common, both))
+    losses, counts = [], []
+    for number, (entry, samples) in enumerate(zip(sets, (3, 9), strict=True)):
+        own = [f"data.validation=[{entry}]", f"train.eval_samples={samples}", f"run_dir={root}/{number}"]
+        config = tiny(root, *common, *own)
+        (*_, single) = train(alone, config)
+        assert "val_losses" not in single
+        validation = Trainer(config, alone).validation
+        assert validation is not None
+        losses.append(single["val_loss"])
+        counts.append(int((validation.batch(range(samples)).labels >= 0).sum()))
+    assert record["val_losses"] == pytest.approx(losses, rel=1e-6)
+    assert record["val_loss"] == pytest.approx(float(np.dot(losses, counts)) / sum(counts), rel=1e-6)
+    ranks = run_ranks(train, 2, tiny(root, *common, both, f"run_dir={root}/two"))[0]
+    assert ranks[-1]["val_losses"] == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.parametrize(("has_bf16", "notes"), [(True, 0), (False, 1)])
