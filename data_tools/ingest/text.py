@@ -88,7 +88,11 @@ def read_text(path: Path, name: str, source: SourceSettings) -> Iterator[Found]:
             if source.piece_bytes is not None:
                 yield from _read_pieces(stream, name, source)
                 return
-            yield _document(name, stream, source)
+            head = stream.peek(HEAD_BYTES)
+            if b"\0" in head:  # pictures and programs need not be read to their end
+                yield SetAside(name, Reason.BINARY, head[:HEAD_BYTES], path.stat().st_size)
+            else:
+                yield _document(name, stream, head[:HEAD_BYTES], source)
     except BrokenStreamError as error:
         yield SetAside(name, error.reason, why=error.why)
 
@@ -112,8 +116,7 @@ def read_whole(stream: io.BufferedReader, limit: int) -> bytes | None:
     return bytes(data)
 
 
-def _document(name: str, stream: io.BufferedReader, source: SourceSettings) -> Found:
-    head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
+def _document(name: str, stream: io.BufferedReader, head: bytes, source: SourceSettings) -> Found:
     data = read_whole(stream, source.max_document_bytes)
     if data is None:
         why = f"more than {source.max_document_bytes} bytes"

@@ -15,7 +15,7 @@ import zstandard
 
 from data_tools.ingest.found import HEAD_BYTES, Reason
 
-STEP_BYTES = {".gz": 16 << 10, ".zst": 2 << 10}  # unpacked at once: at most 16 and 64 MiB come out
+STEP_BYTES = {".gz": 8 << 10, ".zst": 2 << 10}  # unpacked at once: at most 8 and 64 MiB come out
 SEARCH_BYTES = 1 << 20
 MAX_WINDOW_BYTES = 128 << 20
 # More than text can be packed: gzip reaches 1032 on zeros alone.
@@ -49,7 +49,8 @@ class ByteStream(io.RawIOBase):
         except OSError as error:
             raise _unreadable(error) from None
         self._member: Any = None
-        self._packed = self._ready = b""  # not unpacked yet; unpacked and not handed on yet
+        self._packed = b""  # not unpacked yet
+        self._ready = memoryview(b"")  # unpacked and not handed on yet
         self._read = self._unpacked = 0
         self._member_start = 0
 
@@ -88,7 +89,7 @@ class ByteStream(io.RawIOBase):
         if self._packing is None:
             return False
         magic = GZIP_MAGIC if self._packing == ".gz" else ZSTD_MAGIC
-        self._member, self._packed, self._ready = None, b"", b""
+        self._member, self._packed, self._ready = None, b"", memoryview(b"")
         try:
             at = self._find(magic, self._member_start + 1)
             while at is not None and not self._is_member(at):
@@ -122,6 +123,7 @@ class ByteStream(io.RawIOBase):
 
     def _unpack(self) -> bool:
         """One step; False at a clean end."""
+        self._ready = memoryview(b"")  # lets go of the last step's
         if not self._packed:
             try:
                 self._packed = self._file.read(STEP_BYTES[str(self._packing)])
@@ -138,7 +140,7 @@ class ByteStream(io.RawIOBase):
         elif not self._packed:
             raise BrokenStreamError(Reason.BREAKS_OFF, "it ends within compressed data")
         try:
-            self._ready = self._member.decompress(self._packed)
+            self._ready = memoryview(self._member.decompress(self._packed))
         except (zlib.error, zstandard.ZstdError) as error:
             raise BrokenStreamError(Reason.BREAKS_OFF, str(error)) from None
         self._packed = self._member.unused_data if self._member.eof else b""
