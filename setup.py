@@ -41,7 +41,8 @@ setup(
             "py3langid>=0.3",
             "resiliparse>=0.15",
         ],
-        "hub": ["datasets>=3.0"],
+        "hub": ["datasets>=4.0"],  # from which on a dataset cannot bring code along
+        "trafilatura": ["trafilatura>=2.0", "lxml_html_clean>=0.4"],
         "fasttext": ["fasttext-wheel>=0.9.2"],
         "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6", "gcsfs>=2024.6"],
         "deepspeed": ["deepspeed>=0.19"],

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import zstandard
 
-from data_tools import ingest
-from data_tools.ingest import STDLIB, Corpus, TextDocument
+from data_tools.ingest import STDLIB, Corpus, TextDocument, corpus
+from data_tools.ingest.stdlib import docstrings
 from data_tools.tokenize import build_shards, finished_build, hold_out, sample_texts
 from megalite.data.shards import Dataset
 from megalite.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -91,7 +91,7 @@ def test_json_lines_compressed_or_not(tmp_path, suffix):
 
 
 def test_a_line_of_any_length_is_not_swallowed(tmp_path, monkeypatch):
-    monkeypatch.setattr(ingest, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(corpus, "MAX_DOCUMENT_BYTES", 1000)
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps({"text": "a" * 10_000_000}).encode()))
     with pytest.raises(DataError, match=r"x\.jsonl\.gz:1 is longer than 1000 bytes"):
@@ -115,11 +115,11 @@ def test_one_large_file_is_cut_at_line_ends(tmp_path):
 
 
 def test_no_text(tmp_path):
-    with pytest.raises(DataError, match=r"no text at .*missing; give UTF-8 text files"):
+    with pytest.raises(DataError, match=r"no text at .*missing; give text files"):
         Corpus([tmp_path / "missing"])
     with pytest.raises(DataError, match="no text named"):
         Corpus([])
-    with pytest.raises(DataError, match=r"no text found in .*; give UTF-8 text files"):
+    with pytest.raises(DataError, match=r"no text found in .*; give text files"):
         list(Corpus([tmp_path]))
     (tmp_path / "x.bin").write_bytes(b"\0\1\2")
     with pytest.raises(DataError, match="1 not UTF-8 text"):
@@ -143,8 +143,8 @@ def test_the_standard_library_is_enough_text():
 
 def test_docstrings_are_named():
     source = '"""Top."""\nclass A:\n    """An A."""\n    def f(self):\n        """Do f."""\n'
-    assert ingest._docstrings(source) == "Top.\n\nA\nAn A.\n\nA.f\nDo f."
-    assert ingest._docstrings("def (") == ""
+    assert docstrings(source) == "Top.\n\nA\nAn A.\n\nA.f\nDo f."
+    assert docstrings("def (") == ""
 
 
 def test_held_out_documents(tmp_path):
