@@ -7,6 +7,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_tools.compiled import compiled
+from data_tools.dedup.shingles import Words
 from data_tools.documents import Texts, texts
 from data_tools.flow import EXAMPLES, Flow
 
@@ -20,6 +21,30 @@ def cut_out(text: Texts, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> 
     offsets = np.zeros_like(text.offsets)
     _cut(text.data, text.offsets, starts, ends, out, offsets)
     return Texts(out, offsets)
+
+
+def word_spans(
+    words: Words, is_marked: NDArray[np.bool_], ends: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The bytes of marked words in a row, each with what divides it from the next: rows, starts and ends.
+
+    Shapes:  is_marked bool [words]; ends int64 [rows], where each row's text ends
+    """
+    rows = np.repeat(np.arange(len(ends)), np.diff(words.bounds))
+    edge = np.ones(len(rows) + 1, dtype=bool)  # a row, or a stretch of words marked or not, begins here
+    edge[1:-1] = (rows[1:] != rows[:-1]) | (is_marked[1:] != is_marked[:-1])
+    bounds = np.flatnonzero(edge)
+    first, stop = bounds[:-1], bounds[1:]
+    first, stop = first[is_marked[first]], stop[is_marked[first]]
+    owner = rows[first]
+    next_word = words.starts[np.minimum(stop, len(rows) - 1)]
+    return owner, words.starts[first], np.where(stop < words.bounds[owner + 1], next_word, ends[owner])
+
+
+def covered(size: int, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of `size` places lie in one of the ranges, bool [size]."""
+    steps = np.bincount(starts, minlength=size + 1) - np.bincount(ends, minlength=size + 1)
+    return np.cumsum(steps)[:size] > 0
 
 
 def show_cuts(

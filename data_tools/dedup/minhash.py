@@ -19,16 +19,26 @@ _LARGEST = np.uint32(0xFFFFFFFF)
 
 
 def band_hashes(
-    shingles: NDArray[np.uint64], bounds: NDArray[np.int64], bands: int, rows: int, seed: int
+    shingles: NDArray[np.uint64],
+    begins: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    bands: int,
+    rows: int,
+    seed: int,
 ) -> NDArray[np.uint64]:
-    """The bands of each set [bounds[i], bounds[i + 1]) of shingle hashes; repeats among them do not matter.
+    """The bands of each set [begins[i], ends[i]) of shingle hashes; repeats among them do not matter.
 
-    Shapes:  shingles uint64 [shingles]; bounds int64 [sets + 1]; returns uint64 [sets, bands]
+    Shapes:  shingles uint64 [shingles]; begins, ends int64 [sets]; returns uint64 [sets, bands]
     """
-    out = np.empty((len(bounds) - 1, bands), dtype=np.uint64)
+    out = np.empty((len(begins), bands), dtype=np.uint64)
     factors, terms = _permutations(bands * rows, seed)
-    _sign(shingles, bounds, factors, terms, rows, out)
+    _sign(shingles, begins, ends, factors, terms, rows, out)
     return out
+
+
+def chance_of_meeting(jaccard: float, bands: int, rows: int) -> float:
+    """How likely two sets of this similarity share a band."""
+    return float(1 - (1 - jaccard**rows) ** bands)
 
 
 @cache
@@ -41,7 +51,8 @@ def _permutations(number: int, seed: int) -> tuple[NDArray[np.uint32], NDArray[n
 @compiled
 def _sign(
     shingles: NDArray[np.uint64],
-    bounds: NDArray[np.int64],
+    begins: NDArray[np.int64],
+    ends: NDArray[np.int64],
     factors: NDArray[np.uint32],
     terms: NDArray[np.uint32],
     rows: int,
@@ -49,10 +60,10 @@ def _sign(
 ) -> None:
     number = len(factors)
     least = np.empty(number, dtype=np.uint32)
-    for document in range(len(bounds) - 1):
+    for document in range(len(begins)):
         for k in range(number):
             least[k] = _LARGEST
-        at, stop = bounds[document], bounds[document + 1]
+        at, stop = begins[document], ends[document]
         while at + 4 <= stop:  # four at a time, so that factors, terms and minima are loaded once for them
             a, b = np.uint32(shingles[at] >> _HALF), np.uint32(shingles[at + 1] >> _HALF)
             c, d = np.uint32(shingles[at + 2] >> _HALF), np.uint32(shingles[at + 3] >> _HALF)

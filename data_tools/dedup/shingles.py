@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from data_tools.characters import ALONE, MARK, WORD, character_classes, code_point, lower_case
 from data_tools.compiled import compiled, inlined
+from data_tools.documents import Texts
 
 SPLITTER = "words"
 
@@ -52,6 +53,11 @@ def split_words(data: NDArray[np.uint8], begins: NDArray[np.int64], ends: NDArra
     tables = _ascii_letters(), character_classes(), lower_case()
     total = _split(data, begins, ends, *tables, hashes, starts, bounds)
     return Words(hashes[:total], starts[:total], bounds)
+
+
+def split_rows(text: Texts, rows: NDArray[np.int64]) -> Words:
+    """Split these rows of a column."""
+    return split_words(text.data, text.offsets[rows], text.offsets[rows + 1])
 
 
 def windows(
