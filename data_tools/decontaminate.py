@@ -143,7 +143,7 @@ def read_items(file: EvaluationFile) -> list[Item]:
     if path.suffix != ".jsonl":
         if file.fields:
             raise DataError(f"{path} is read as text and has no fields; leave them out, or name it .jsonl")
-        paragraphs = [one for one in re.split(r"\n[^\S\n]*\n", text) if one.strip()]
+        paragraphs = [one for one in re.split(r"\n(?:[^\S\n]*\n)+", text) if one.strip()]
         return [Item(f"paragraph {number}", one) for number, one in enumerate(paragraphs, 1)]
     if not file.fields:
         raise DataError(f"{path} needs fields: which of each line make up an item")
