@@ -41,6 +41,10 @@ class Flow:
         self._count_dropped(source, reason, 1, bytes_in)
         self._example(source, reason, doc_id, text, why)
 
+    def example(self, source: str, label: str, doc_id: str, text: str, why: str = "") -> None:
+        """Show something that was changed, under a label of its own, such as a span cut out."""
+        self._example(source, label, doc_id, text, why)
+
     def pass_batch(
         self,
         batch: pa.RecordBatch,
