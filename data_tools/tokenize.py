@@ -1,26 +1,25 @@
 """Text documents to token shards: a training dataset and a held-out one, both or neither.
 
-Which documents are held out is a function of their ids alone, so a corpus that grows keeps its
-split, and a tokenizer is trained on what is not held out.
+A tokenizer is trained on what is not held out.
 """
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.hold_out import hold_out, place
 from data_tools.ingest import TextDocument
+from data_tools.pieces import unigram_entropy
 from megalite.data.folder import disk_errors
 from megalite.data.staging import clear_leftovers, commit_folder
 from megalite.data.tokenizer import Tokenizer
@@ -48,8 +47,7 @@ class Part:
 class BuildStats:
     """What a build made, as kept in stats.json.
 
-    `unigram_entropy` is the mean of −log p over the held-out tokens, in nats, with p the training
-    tokens' add-one frequencies: the loss of a model that knows how often tokens occur and no more.
+    `unigram_entropy` is what the function of that name says.
     """
 
     train: Part
@@ -138,31 +136,6 @@ def finished_build(out: str | Path, recipe: dict[str, Any]) -> BuildStats | None
     return stats
 
 
-def hold_out(documents: Iterable[TextDocument], fraction: float) -> Iterator[tuple[TextDocument, bool]]:
-    """Each document with whether it is held out: about `fraction` of them, at least one.
-
-    A document is held out if the hash of its id (or family) falls below `fraction`. Documents are kept
-    back until the first such one; a corpus too small to have one holds out the one nearest to it.
-
-    Raises:  DataError if the fraction is not between 0 and 1 or there is only one document
-    """
-    if not 0 < fraction < 1:
-        raise DataError(f"valid fraction {fraction}: should lie between 0 and 1, e.g. 0.02")
-    stream = iter(documents)
-    head: list[TextDocument] = []
-    nearest = 1.0
-    for document in stream:
-        head.append(document)
-        nearest = min(nearest, _place(document))
-        if nearest < fraction and len(head) > 1:
-            break
-    if len(head) == 1:
-        raise DataError("one document cannot be split into training and held-out text; give at least two")
-    first = min(head, key=_place, default=None)
-    for document in chain(head, stream):
-        yield document, document is first or _place(document) < fraction
-
-
 def sample_texts(documents: Iterable[TextDocument], valid_fraction: float, sample_chars: int) -> list[str]:
     """Texts to train a tokenizer on: a uniform sample of the documents that are not held out.
 
@@ -176,17 +149,14 @@ def sample_texts(documents: Iterable[TextDocument], valid_fraction: float, sampl
             break
         if is_held_out:
             continue
-        heapq.heappush(chosen, (-_place(document, "sample"), number, document.text))
+        heapq.heappush(
+            chosen,
+            (-place(document.source, document.family or document.doc_id, "sample"), number, document.text),
+        )
         size += len(document.text)
         while len(chosen) > 1 and size - len(chosen[0][2]) >= sample_chars:
             size -= len(heapq.heappop(chosen)[2])
     return [text for _, _, text in sorted(chosen, key=lambda item: item[1])]
-
-
-def _place(document: TextDocument, purpose: str = "held out") -> float:
-    """A number in [0, 1) that depends on the document's names and the purpose only."""
-    name = f"{purpose}\0{document.source}\0{document.family or document.doc_id}"
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big") / 2**56
 
 
 def _encoded(
@@ -242,14 +212,12 @@ class _Tally:
 
 
 def _stats(train: _Tally, valid: _Tally, recipe: dict[str, Any]) -> BuildStats:
-    smoothed = train.frequency + 1
-    nats = np.log(smoothed.sum()) - np.log(smoothed)
     parts = train.part(), valid.part()
     return BuildStats(
         train=parts[0],
         valid=parts[1],
         vocab_size=train.frequency.size,
         bytes_per_token=sum(part.text_bytes for part in parts) / sum(part.tokens for part in parts),
-        unigram_entropy=float((valid.frequency * nats).sum() / valid.frequency.sum()),
+        unigram_entropy=unigram_entropy(train.frequency, valid.frequency),
         recipe=recipe,
     )

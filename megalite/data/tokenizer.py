@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes without any dependency, or any Hugging Face tokenizer.json.
+"""Text to token ids and back: bytes without any dependency, any tokenizer.json, or tiktoken's ranks.
 
 Documents are data, not commands: a special token's name inside a text is spelled out, never turned
 into the special id, so no document can forge an end of document.
@@ -15,11 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megalite.data.byte_level import from_ranks
 from megalite.data.remote import is_remote, open_folder
 from megalite.errors import DataError
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"  # Hugging Face's place for the name of the eos token
+RANKS_SUFFIX = ".tiktoken"
 MAX_TOKENIZER_BYTES = 256 << 20
 EOS = "<|endoftext|>"
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|end▁of▁sentence|>", "<EOS>", "[EOS]")
@@ -225,17 +227,29 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     return JsonTokenizer(inner.to_str(), EOS)
 
 
-def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
-    """Read a tokenizer from a `tokenizer.json`, from a folder that holds one, or from a dataset's address.
+def load_tokenizer(path: str | Path, eos_token: str | None = None, pattern: str | None = None) -> Tokenizer:
+    """Read a tokenizer from a `tokenizer.json`, a folder or dataset's address with one, or `.tiktoken` ranks.
 
     The end-of-document token is `eos_token`, else the one a `tokenizer_config.json` beside it
-    names, else the first well-known name in the vocabulary.
+    names, else the first well-known name in the vocabulary. `pattern` names what cuts a rank file's text
+    (see `from_ranks`); it is kept as a `tokenizer.json`.
 
     Raises:  DataError naming the file, what is wrong and the remedy
     """
+    is_ranks = str(path).endswith(RANKS_SUFFIX)
+    if pattern is not None and not is_ranks:
+        raise DataError(
+            f"pattern={pattern!r} is for {RANKS_SUFFIX} files; {path} says itself how it cuts text"
+        )
+    if is_remote(path) and is_ranks:
+        raise DataError(f"{path}: rank files are read from local disks; fetch it first")
     if is_remote(path):
         return _load_remote(str(path), eos_token)
     path = Path(path)
+    if is_ranks:
+        return JsonTokenizer(
+            from_ranks(_read_text(path).encode().splitlines(), pattern, str(path)), eos_token, str(path)
+        )
     if path.is_dir():
         path = path / TOKENIZER_FILE
     content = _read_text(path)
@@ -274,7 +288,9 @@ def _read_text(path: Path) -> str:
             raise DataError(f"{path} has {size} bytes; a tokenizer has at most {MAX_TOKENIZER_BYTES}")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise DataError(f"no tokenizer {path}; give a tokenizer.json or a folder holding one") from None
+        raise DataError(
+            f"no tokenizer {path}; give a tokenizer.json, a folder holding one, or a {RANKS_SUFFIX} file"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from None
 
