@@ -33,9 +33,19 @@ SCHEMA = pa.schema(
 )
 GROUP_BYTES = 8 << 20
 GROUP_ROWS = 1 << 16
-ZSTD_LEVEL = 3
+ZSTD_LEVEL = 1  # twice as fast as 3, for 1.4 times the size of what is not kept for long
 # A column of one row group, dictionary pages and a damaged header included, never needs more.
 MAX_DOCUMENT_BYTES = 1 << 30
+
+
+def part_name(number: int) -> str:
+    """The file name of a part; names sort as numbers do, up to a million parts."""
+    return f"part-{number:06d}.parquet"
+
+
+def part_number(path: Path) -> int:
+    """The number in a part's file name."""
+    return int(path.stem.removeprefix("part-"))
 
 
 class Texts(NamedTuple):

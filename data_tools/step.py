@@ -1,7 +1,7 @@
 """A step's folder: how it was made, the parts it made, and what happened to every document.
 
 step.json     the step, its settings, and the fingerprints of itself and of what it read
-parts/        part-00000.parquet …: the documents that went through, if it hands any on
+parts/        part-000000.parquet …: the documents that went through, if it hands any on
 done/PHASE/   a marker of each finished task, for a killed step to go on
 report.json   the flow of documents; there when the step is finished, and the same however it was run
 timing.json   how long it took; the only file that differs from run to run

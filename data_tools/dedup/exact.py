@@ -26,14 +26,13 @@ from data_tools.dedup.shuffle import (
     bucket_count,
     bucket_of,
     number_of,
-    part_number,
     part_of,
     read_rows,
     remove_shuffle,
     shuffle_files,
 )
 from data_tools.dedup.units import Units, document_units, hash_units, split_units
-from data_tools.documents import Texts, read_part, text_column, texts, with_column
+from data_tools.documents import Texts, part_number, read_part, text_column, texts, with_column
 from data_tools.flow import KEPT, Flow
 from data_tools.step import Step, read_report, step_parts
 from megalite.config.section import Section

@@ -38,7 +38,6 @@ from data_tools.dedup.shuffle import (
     bucket_count,
     bucket_of,
     number_of,
-    part_number,
     part_of,
     read_bucket,
     read_rows,
@@ -46,7 +45,7 @@ from data_tools.dedup.shuffle import (
     shuffle_files,
 )
 from data_tools.dedup.union_find import settle, unite
-from data_tools.documents import Texts, read_part, texts
+from data_tools.documents import Texts, part_number, read_part, texts
 from data_tools.flow import Flow
 from data_tools.step import Step, read_report, step_parts
 from megalite.config.section import Section

@@ -10,8 +10,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_tools.dedup.cut import first_of_each_source
-from data_tools.dedup.shuffle import addresses, number_of, part_number, part_of, read_rows, shuffle_files
-from data_tools.documents import read_part
+from data_tools.dedup.shuffle import addresses, number_of, part_of, read_rows, shuffle_files
+from data_tools.documents import part_name, part_number, read_part
 from data_tools.flow import KEPT, Flow
 
 EXACT = "exact duplicate"  # a reason
@@ -58,7 +58,7 @@ def _id_at(path: Path, address: np.uint64) -> str:
     """The id of a document of this part or of one beside it."""
     where = np.array([address])
     row = int(number_of(where)[0])
-    for batch in read_part(path.with_name(f"part-{int(part_of(where)[0]):05d}.parquet"), ["id"]):
+    for batch in read_part(path.with_name(part_name(int(part_of(where)[0]))), ["id"]):
         if row < batch.num_rows:
             return str(batch.column("id")[row].as_py())
         row -= batch.num_rows

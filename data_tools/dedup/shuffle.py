@@ -57,11 +57,6 @@ def number_of(address: NDArray[np.uint64]) -> NDArray[np.int64]:
     return (address & np.uint64((1 << ADDRESS_BITS) - 1)).astype(np.int64)
 
 
-def part_number(path: Path) -> int:
-    """The number a part has in addresses: the one in its name, part-00000.parquet …"""
-    return int(path.stem.removeprefix("part-"))
-
-
 def shuffle_files(folder: Path, count: int) -> list[Path]:
     """The files of a phase of `count` tasks, in task order.
 

@@ -39,14 +39,13 @@ from data_tools.dedup.shuffle import (
     bucket_count,
     bucket_of,
     number_of,
-    part_number,
     part_of,
     read_bucket,
     read_rows,
     remove_shuffle,
     shuffle_files,
 )
-from data_tools.documents import read_part, text_column, texts, with_column
+from data_tools.documents import part_number, read_part, text_column, texts, with_column
 from data_tools.flow import KEPT, Flow
 from data_tools.step import Step, read_report, step_parts
 from megalite.config.section import Section

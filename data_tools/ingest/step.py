@@ -1,11 +1,14 @@
 """The first step: every source's text as parts, what is no document set aside and counted.
 
-parts/part-00000-0000.parquet …   task, and where its text fills more than one part, which
-aside/part-00000.jsonl …          what the task set aside, if anything
+read/000000-0000.parquet …   what a task has read, in pieces of a part's size; gone when parts/ is there
+parts/part-000000.parquet …  the same, in one order
+aside/000000.jsonl …         what a task set aside, if anything
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,14 +18,16 @@ import numpy as np
 import pyarrow as pa
 
 from data_tools.crew import Crew, Task
-from data_tools.documents import SCHEMA, PartWriter, text_column
+from data_tools.documents import SCHEMA, PartWriter, part_name, text_column
 from data_tools.flow import Flow
 from data_tools.ingest.aside import FOLDER, AsideWriter, head_text
 from data_tools.ingest.found import Document, Note, SetAside, meta_json
 from data_tools.ingest.plan import Piece, check, divide, list_source
 from data_tools.ingest.readers import read_piece
 from data_tools.ingest.settings import IngestSettings, SourceSettings
-from data_tools.step import Step, read_report
+from data_tools.step import PARTS, Step, read_report
+from megalite.data.folder import disk_errors
+from megalite.data.staging import fsync
 from megalite.errors import DataError
 
 KIND = "ingest"
@@ -46,16 +51,18 @@ def run(settings: IngestSettings, out: Path, crew: Crew, renew: bool = False) ->
     if step.is_finished:
         return Flow.from_json(read_report(out))
     work = [(source, pieces) for source, listing in listings for pieces in divide(listing.pieces)]
-    width = max(5, len(str(len(work) - 1)))
     tasks = [
         Task(
-            f"part-{number:0{width}}",
-            partial(_read, source, pieces, out, f"part-{number:0{width}}"),
+            f"{number:06d}",
+            partial(_read, source, pieces, out, f"{number:06d}"),
             sum((piece.end or piece.size) - piece.start for piece in pieces),
         )
         for number, (source, pieces) in enumerate(work)
     ]
     flows = [Flow.from_json(result) for result in step.run(PHASE, tasks)]
+    step.once("parts", partial(_number_parts, out))
+    if crew.is_first:  # only now, for numbering that was killed begins anew
+        shutil.rmtree(out / PHASE, ignore_errors=True)
     passed_over = Flow()
     for _, listing in listings:
         for what, number in sorted(listing.passed_over.items()):
@@ -73,7 +80,7 @@ def _read(source: SourceSettings, pieces: list[Piece], out: Path, name: str) -> 
         batch = next(batches, None)
         number = 0
         while batch is not None:
-            with PartWriter(out / "parts" / f"{name}-{number:04}.parquet") as writer:
+            with PartWriter(out / PHASE / f"{name}-{number:04}.parquet") as writer:
                 size = 0
                 while batch is not None and size < PART_BYTES:
                     writer.write(batch)
@@ -81,6 +88,20 @@ def _read(source: SourceSettings, pieces: list[Piece], out: Path, name: str) -> 
                     batch = next(batches, None)
             number += 1
     return flow.to_json()
+
+
+def _number_parts(out: Path) -> dict[str, Any]:
+    """Give every piece its place among all, without copying it."""
+    parts = out / PARTS
+    pieces = sorted((out / PHASE).glob("*-*.parquet"))
+    with disk_errors(parts):
+        parts.mkdir(exist_ok=True)
+        for number, piece in enumerate(pieces):
+            target = parts / part_name(number)
+            target.unlink(missing_ok=True)
+            os.link(piece, target)
+        fsync(parts)
+    return {"parts": len(pieces)}
 
 
 def _batches(

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_tools.crew import Crew, Place
-from data_tools.documents import SCHEMA, PartWriter, read_part
+from data_tools.documents import SCHEMA, PartWriter, part_name, read_part
 from data_tools.flow import Flow
 from data_tools.step import Step, step_parts
 from megalite.config.section import Section
@@ -32,7 +32,7 @@ def write_rows(folder: Path, parts: Sequence[Sequence[dict[str, Any]]], schema: 
         flow = Flow()
         for number, part in enumerate(parts):
             batch = pa.RecordBatch.from_pylist(list(part), schema)
-            with PartWriter(folder / "parts" / f"part-{number:05d}.parquet", schema) as writer:
+            with PartWriter(folder / "parts" / part_name(number), schema) as writer:
                 writer.write(batch)
             for row in part:
                 flow.keep(row["source"], len(row["text"].encode()))

@@ -107,13 +107,13 @@ def test_what_no_step_made_is_not_touched(tmp_path: Path, source: Path) -> None:
     assert (tmp_path / "out/thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("gone", ["report.json", "done/parts/part-00001.json", "parts/part-00001.parquet"])
+@pytest.mark.parametrize("gone", ["report.json", "done/parts/part-000001.json", "parts/part-000001.parquet"])
 def test_a_step_goes_on_where_it_stopped_to_the_same_bytes(tmp_path: Path, source: Path, gone: str) -> None:
     run(source, tmp_path / "out")
     before = files_of(tmp_path / "out")
     (tmp_path / "out/report.json").unlink()
     if gone != "report.json":
-        (tmp_path / "out/done/parts/part-00001.json").unlink()
+        (tmp_path / "out/done/parts/part-000001.json").unlink()
         (tmp_path / "out" / gone).unlink(missing_ok=True)
     run(source, tmp_path / "out")
     assert files_of(tmp_path / "out") == before

@@ -1,0 +1,81 @@
+"""The whole recipe: its steps in their order, each in a folder of its own, each done once.
+
+A step is made again only if its settings or what it reads has changed; what comes after it follows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_tools import clean, decontaminate, filter, tokenize_parts
+from data_tools.crew import Crew
+from data_tools.dedup import exact, near, spans
+from data_tools.flow import Flow
+from data_tools.ingest import step as ingest
+from data_tools.mix import buckets, mixture, search
+from data_tools.recipe import Recipe
+from data_tools.report import summary, write_report
+from megalite.errors import DataError
+
+REPORT_PAGE = "report.html"
+
+# In the order of a recipe. After ingest each reads the one before it, but for mix and search, which both
+# read the shards.
+STEPS: dict[str, Callable[..., Flow]] = {
+    "ingest": ingest.run,
+    "clean": clean.run,
+    "filter": filter.run,
+    "exact": exact.run,
+    "near": near.run,
+    "spans": spans.run,
+    "decontaminate": decontaminate.run,
+    "buckets": buckets.run,
+    "tokenize": tokenize_parts.run,
+    "mix": mixture.run,
+    "search": search.run,
+}
+_READ_SHARDS = ("mix", "search")
+
+
+class Planned(NamedTuple):
+    """A step of a recipe: its settings, the folders it reads, and its own."""
+
+    name: str
+    settings: Any
+    sources: tuple[Path, ...]
+    folder: Path
+
+
+def plan(recipe: Recipe) -> Iterator[Planned]:
+    """The steps of a recipe in their order."""
+    out = Path(recipe.out)
+    before: tuple[Path, ...] = ()
+    for name in STEPS:
+        if (settings := getattr(recipe, name)) is not None:
+            sources = (out / "tokenize",) if name in _READ_SHARDS else before
+            yield Planned(name, settings, sources, out / name)
+            before = (out / name,)
+
+
+def build(recipe: Recipe, crew: Crew, until: str | None = None) -> Path:
+    """Run a recipe, to the step `until` if one is named; the page that tells what became of every document.
+
+    Raises:  DataError of the step that fails, or if the recipe has no step `until`
+    """
+    steps = list(plan(recipe))
+    names = [step.name for step in steps]
+    if until is not None:
+        if until not in names:
+            raise DataError(f"the recipe has no step {until!r}; it has {', '.join(names)}")
+        steps = steps[: names.index(until) + 1]
+    page = Path(recipe.out) / REPORT_PAGE
+    for number, step in enumerate(steps, 1):
+        flow = STEPS[step.name](step.settings, *step.sources, step.folder, crew, renew=True)
+        if crew.is_first:
+            print(summary(step.name, flow), file=sys.stderr, flush=True)
+            done = [(each.name, each.folder) for each in steps[:number]]
+            write_report(done, page, f"Corpus {Path(recipe.out).resolve().name}")
+    return page

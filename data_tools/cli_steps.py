@@ -1,0 +1,186 @@
+"""`megalite data build` and the steps of a recipe one at a time. Imports what a command needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_tools.crew import Crew
+    from data_tools.recipe import Recipe
+    from megalite.config.section import Section
+
+Add = Callable[[Any, str, str, str], argparse.ArgumentParser]
+
+_BUILD_HELP = """\
+Run a recipe: raw text to a cleaned, deduplicated, mixed and tokenized corpus. A step whose table is missing
+is left out. A command that was stopped goes on where it was; a step is made again only if its settings or
+what it reads has changed. Under torchrun, deepspeed or a Slurm array on a shared file system all ranks share
+the work, to the same bytes.
+"""
+_KEY_HELP = "settings as key=value, e.g. {}"
+
+# Steps that read one step's folder and write another: what they do, and an example of a setting.
+_STEPS = {
+    "clean": ("mend texts, name their languages, measure them, mask personal data", "normalise.form=NFKC"),
+    "filter": ("leave out documents by what was measured", "gopher_repetition=false"),
+    "decontaminate": ("leave out what evaluations ask", "'files=[{path=\"mmlu.jsonl\"}]'"),
+    "buckets": ("sort each source's documents for a curriculum", "by=quality"),
+    "mix": ("plan a run's mixture of sources", "temperature=2"),
+    "search": ("look for better weights with many tiny runs", "runs=32"),
+}
+_DEDUP = {
+    "exact": ("keep equal documents, paragraphs or lines once", "unit=paragraph"),
+    "near": ("keep one of documents that are nearly equal", "threshold=0.7"),
+    "spans": ("cut out long spans that occurred before", "span_words=100"),
+}
+
+
+def add_steps(commands: Any, add: Add) -> None:
+    """Add `build` and a command for each step; each sets `func(args) -> int`."""
+    _add_build(commands, add)
+    _add_ingest(commands, add)
+    for name, (text, setting) in _STEPS.items():
+        _add_step(commands, add, name, name, text, setting)
+    dedup = commands.add_parser("dedup", help="leave out what is there twice")
+    kinds = dedup.add_subparsers(dest="dedup_kind", required=True, metavar="KIND")
+    for name, (text, setting) in _DEDUP.items():
+        _add_step(kinds, add, name, f"dedup {name}", text, setting)
+
+
+def add_crew(parser: argparse.ArgumentParser) -> None:
+    """Add who does the work."""
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes of this rank (default: one a core)"
+    )
+    parser.add_argument(
+        "--rank", type=int, metavar="R", help="this one of --world; set by launchers otherwise"
+    )
+    parser.add_argument("--world", type=int, metavar="W", help="how many run this command")
+
+
+def build_crew(args: argparse.Namespace, root: Path) -> Crew:
+    """The crew that options and environment name.
+
+    Raises:  DataError if they make no sense
+    """
+    from data_tools.crew import Crew, Place, place_from_environment
+    from megalite.errors import DataError
+
+    if (args.rank is None) != (args.world is None):
+        raise DataError("--rank and --world go together; give both, or neither under a launcher")
+    if args.rank is None:
+        place = place_from_environment()
+    else:
+        place = Place(args.rank, args.world)
+        if not 0 <= place.rank < place.world:
+            raise DataError(
+                f"--rank {place.rank} --world {place.world}: a rank is from 0 to {place.world - 1}"
+            )
+    if args.workers is not None and args.workers < 1:
+        raise DataError(f"--workers {args.workers}: give at least 1")
+    return Crew(root, args.workers, place)
+
+
+def _add_build(commands: Any, add: Add) -> None:
+    parser = add(
+        commands, "build", "run a recipe: raw text to shards", "megalite data build configs/corpus.toml"
+    )
+    parser.description = _BUILD_HELP
+    parser.add_argument("recipe", type=Path, help="a TOML file; configs/corpus.toml is an example")
+    parser.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help=_KEY_HELP.format("near.threshold=0.7")
+    )
+    parser.add_argument("--until", metavar="STEP", help="stop after this step")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe and say what would be done")
+    add_crew(parser)
+    parser.set_defaults(func=_build)
+
+
+def _add_ingest(commands: Any, add: Add) -> None:
+    parser = add(
+        commands,
+        "ingest",
+        "read text from files, folders, archives",
+        "megalite data ingest books/ --to work/in",
+    )
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="what to read, each a source named after it")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="the step's folder")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="take the recipe's sources")
+    add_crew(parser)
+    parser.set_defaults(func=_ingest)
+
+
+def _add_step(commands: Any, add: Add, name: str, command: str, text: str, setting: str) -> None:
+    parser = add(commands, name, text, f"megalite data {command} work/in --to work/out {setting}")
+    parser.add_argument("source", type=Path, help="folder of the step before")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=_KEY_HELP.format(setting))
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="the step's folder")
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE", help=f"take settings from the recipe's [{name}]"
+    )
+    add_crew(parser)
+    parser.set_defaults(func=_step, step=name)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from data_tools.build import build, plan
+    from data_tools.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.settings)
+    if args.dry_run:
+        for step in plan(recipe):
+            print(f"{step.name} → {step.folder}\n  {step.settings}")
+        return 0
+    with build_crew(args, Path(recipe.out)) as crew:
+        page = build(recipe, crew, args.until)
+    print(f"{recipe.out} is built; {page} tells what became of every document")
+    return 0
+
+
+def _ingest(args: argparse.Namespace) -> int:
+    from data_tools.ingest import IngestSettings, SourceSettings
+    from megalite.errors import DataError
+
+    if bool(args.paths) == (args.recipe is not None):
+        raise DataError("give paths to read, or --recipe, not both")
+    if args.recipe is not None:
+        settings = _recipe(args).ingest
+    else:
+        settings = IngestSettings(
+            sources=tuple(SourceSettings(name=Path(path).resolve().name, path=path) for path in args.paths)
+        )
+    return _run(args, "ingest", settings)
+
+
+def _step(args: argparse.Namespace) -> int:
+    from data_tools.recipe import Recipe
+    from megalite.config_file import load_settings
+    from megalite.errors import DataError
+
+    if args.recipe is None:
+        return _run(args, args.step, load_settings(Recipe, args.step, args.settings), args.source)
+    settings = getattr(_recipe(args), args.step)
+    if settings is None:
+        raise DataError(f"{args.recipe} has no [{args.step}] table; add one, or leave --recipe out")
+    return _run(args, args.step, settings, args.source)
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    from data_tools.recipe import load_recipe
+
+    return load_recipe(args.recipe, [f"{args.step}.{item}" for item in getattr(args, "settings", ())])
+
+
+def _run(args: argparse.Namespace, name: str, settings: Section, *sources: Path) -> int:
+    from data_tools.build import STEPS
+    from data_tools.report import summary
+
+    with build_crew(args, args.to) as crew:
+        flow = STEPS[name](settings, *sources, args.to, crew)
+        if crew.is_first:
+            print(summary(name, flow), file=sys.stderr)
+    return 0

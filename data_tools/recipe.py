@@ -1,0 +1,55 @@
+"""A recipe: one TOML file that says where a corpus comes from and what is done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from data_tools.clean import CleanSettings
+from data_tools.decontaminate import DecontaminateSettings
+from data_tools.dedup.exact import ExactSettings
+from data_tools.dedup.near import NearSettings
+from data_tools.dedup.spans import SpanSettings
+from data_tools.filter import FilterSettings
+from data_tools.ingest import IngestSettings
+from data_tools.mix.buckets import BucketSettings
+from data_tools.mix.mixture import MixSettings
+from data_tools.mix.search import SearchSettings
+from data_tools.tokenize_parts import TokenizeSettings
+from megalite.config.section import Section
+from megalite.config_file import load_toml
+
+
+class Recipe(Section):
+    """A corpus. A step whose table is missing is left out; an empty table takes the defaults."""
+
+    out: str = Field(min_length=1, description="folder of the corpus and of every step's work")
+    ingest: IngestSettings = Field(description="where text comes from")
+    clean: CleanSettings | None = Field(None, description="mend and measure texts")
+    filter: FilterSettings | None = Field(None, description="leave out documents by what was measured")
+    exact: ExactSettings | None = Field(None, description="keep equal documents, paragraphs or lines once")
+    near: NearSettings | None = Field(None, description="keep one of documents that are nearly equal")
+    spans: SpanSettings | None = Field(None, description="cut out long spans that occurred before")
+    decontaminate: DecontaminateSettings | None = Field(None, description="leave out what evaluations ask")
+    buckets: BucketSettings | None = Field(None, description="sort documents for a curriculum")
+    tokenize: TokenizeSettings | None = Field(None, description="make training and held-out shards")
+    mix: MixSettings | None = Field(None, description="plan a run's mixture of sources")
+    search: SearchSettings | None = Field(None, description="look for better weights with many tiny runs")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for later in ("mix", "search"):
+            if getattr(self, later) is not None and self.tokenize is None:
+                raise ValueError(f"{later}: there is nothing to mix without shards; add a [tokenize] table")
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe with `step.key=value` overrides.
+
+    Raises:  ConfigError naming the file, line, key, value and remedy
+    """
+    return load_toml(Recipe, path, overrides)
