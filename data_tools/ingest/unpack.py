@@ -16,6 +16,7 @@ import zstandard
 from data_tools.ingest.found import HEAD_BYTES, Reason
 
 STEP_BYTES = {".gz": 8 << 10, ".zst": 2 << 10}  # unpacked at once: at most 8 and 64 MiB come out
+READ_BYTES = 256 << 10
 SEARCH_BYTES = 1 << 20
 MAX_WINDOW_BYTES = 128 << 20
 # More than text can be packed: gzip reaches 1032 on zeros alone.
@@ -44,7 +45,7 @@ class ByteStream(io.RawIOBase):
         super().__init__()
         self._packing = path.suffix.lower() if path.suffix.lower() in STEP_BYTES else None
         try:
-            self._file = path.open("rb", buffering=0)
+            self._file = io.BufferedReader(io.FileIO(path), READ_BYTES)
             self._file.seek(start)
         except OSError as error:
             raise _unreadable(error) from None
@@ -73,7 +74,7 @@ class ByteStream(io.RawIOBase):
         """Fill the buffer as far as one step goes; 0 at the end."""
         if self._packing is None:
             try:
-                return self._file.readinto(buffer) or 0
+                return self._file.readinto(buffer)
             except OSError as error:
                 raise _unreadable(error) from None
         while not self._ready:
