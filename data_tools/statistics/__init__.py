@@ -1,4 +1,4 @@
-"""Statistics of documents that quality filters look at: Gopher, C4, FineWeb. Measured here, judged in `filter`.
+"""Statistics of documents that quality filters look at: Gopher, C4, FineWeb. Judged in `data_tools.filter`.
 
 Words shared by all of them:
 

@@ -220,25 +220,26 @@ def _without_citations(
     begin: int,
     counts: NDArray[np.int64],
 ) -> int:
-    """Copy a line to edited[begin:], without citations; where the copy stops."""
-    to, found = begin, counts[_CITATIONS]
+    """Copy a line to edited[begin:] without citations and white space at the ends; where it stops."""
+    to = end = begin  # where the next character goes, and where the last that is no space ended
     while start < stop:
-        if data[start] == _OPEN:
-            width = _citation(data, start, stop)
-            if width:
-                start += width
+        code, width = code_point(data, start)
+        if code == _OPEN:
+            cited = _citation(data, start, stop)
+            if cited:
+                start += cited
                 counts[_CITATIONS] += 1
-                counts[_CITATION_CHARS] += width
-                counts[_ALL_CHARS] += width
+                counts[_CITATION_CHARS] += cited
+                counts[_ALL_CHARS] += cited
                 continue
-        edited[to] = data[start]
-        to, start = to + 1, start + 1
-    if counts[_CITATIONS] > found:
-        first, to = stripped(edited, begin, to, classes)
-        for at in range(first, to):
-            edited[at - first + begin] = edited[at]
-        to -= first - begin
-    return to
+        is_space = classes[code] & SPACE != 0
+        if not (is_space and to == begin):
+            for number in range(width):
+                edited[to + number] = data[start + number]
+            to += width
+            end = end if is_space else to
+        start += width
+    return end
 
 
 @inlined

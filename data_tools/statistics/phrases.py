@@ -1,4 +1,4 @@
-"""Find phrases: the few that C4 names, in a line's bytes, and a user's list of them, in a document's words."""
+"""Find phrases: the few that C4 names, in a line's bytes, and a user's list, in a document's words."""
 
 from __future__ import annotations
 
@@ -67,9 +67,7 @@ def phrases_in(data: NDArray[np.uint8], start: int, stop: int, phrases: Phrases)
 
 
 @inlined
-def _is_at(
-    data: NDArray[np.uint8], at: int, start: int, stop: int, phrases: Phrases, number: int
-) -> bool:
+def _is_at(data: NDArray[np.uint8], at: int, start: int, stop: int, phrases: Phrases, number: int) -> bool:
     first, last = phrases.offsets[number], phrases.offsets[number + 1]
     if at < start or at + last - first > stop:
         return False
@@ -130,7 +128,7 @@ def _read(path: Path) -> bytes:
 @compiled
 def sequence_hash(words: NDArray[np.uint64]) -> np.uint64:
     """The hash of a phrase from those of its words."""
-    value = words[0]
+    value: np.uint64 = words[0]
     for number in range(1, words.size):
         value = joined(value, words[number])
     return value

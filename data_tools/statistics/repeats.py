@@ -61,9 +61,7 @@ def repeated_ngrams(words: NDArray[np.uint64], ends: NDArray[np.int64], out: NDA
             for number in range(found):
                 if counts[slots[number]] > best:
                     best, where = counts[slots[number]], places[number]
-            out[n - _SHORTEST] = (
-                best * (ends[where + n] - ends[where] + n - 1) if n <= words.size else 0
-            )
+            out[n - _SHORTEST] = best * (ends[where + n] - ends[where] + n - 1) if n <= words.size else 0
         left = 0
         for number in range(found):
             if counts[slots[number]] > 1:

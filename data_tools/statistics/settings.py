@@ -14,7 +14,7 @@ MAX_STOP_WORDS = 64  # one bit each
 LineRule = Literal["long_word", "no_terminal", "few_words", "javascript", "policy"]
 
 # Rae et al. 2021, section A.1.1: at least two of these.
-_STOP_WORDS = {"en": ("the", "be", "to", "of", "and", "that", "have", "with")}
+_STOP_WORDS: dict[str, tuple[str, ...]] = {"en": ("the", "be", "to", "of", "and", "that", "have", "with")}
 
 
 class StatisticsSettings(Section):

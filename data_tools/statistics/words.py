@@ -8,7 +8,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.characters import ALONE, LETTER, PUNCTUATION, SPACE, WORD, character_classes, code_point, lower_case
+from data_tools.characters import (
+    ALONE,
+    LETTER,
+    PUNCTUATION,
+    SPACE,
+    WORD,
+    character_classes,
+    code_point,
+    lower_case,
+)
 from data_tools.compiled import compiled
 from data_tools.statistics.hashing import START, extended, finished
 

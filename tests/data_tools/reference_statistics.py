@@ -12,7 +12,6 @@ from data_tools.statistics.lines import TERMINAL, line_classes
 from data_tools.statistics.settings import StatisticsSettings
 
 CITATION = re.compile(r"\[[0-9]*\]|\[edit\]|\[citation needed\]")
-# Up to a mark with its closers that space or the end follows, or a full-width one that anything does.
 POLICIES = (
     "terms of use",
     "privacy policy",
@@ -71,12 +70,6 @@ def paragraphs_of(text: str) -> list[str]:
 
 def duplicates(items: Sequence[str]) -> tuple[int, int]:
     """How many equal an earlier one, and their characters."""
-    again = [item for number, item in enumerate(items) if item in set(items[:number])]
-    return len(again), sum(map(len, again))
-
-
-def duplicates_fast(items: Sequence[str]) -> tuple[int, int]:
-    """The same for long documents."""
     seen: set[str] = set()
     count = size = 0
     for item in items:
@@ -124,7 +117,7 @@ def gopher(text: str, settings: StatisticsSettings, language: str | None = None)
         wanted = {word for name, some in listed.items() for word in some if language in (None, name)}
         present = set(words)
         stop_words = sum(bool({word, word.capitalize(), word.upper()} & present) for word in wanted)
-    same_lines, same_paragraphs = duplicates_fast(lines), duplicates_fast(paragraphs)
+    same_lines, same_paragraphs = duplicates(lines), duplicates(paragraphs)
     return {
         "gopher_words": len(words),
         "gopher_stop_words": stop_words,
@@ -135,9 +128,7 @@ def gopher(text: str, settings: StatisticsSettings, language: str | None = None)
         "gopher_ellipsis_lines": share(
             sum(line.rstrip().endswith(("...", "…")) for line in lines), len(lines)
         ),
-        "gopher_words_with_letter": share(
-            sum(any(c.isalpha() for c in word) for word in words), len(words)
-        ),
+        "gopher_words_with_letter": share(sum(any(c.isalpha() for c in word) for word in words), len(words)),
         "gopher_duplicate_lines": share(same_lines[0], len(lines)),
         "gopher_duplicate_line_chars": share(same_lines[1], len(text)),
         "gopher_duplicate_paragraphs": share(same_paragraphs[0], len(paragraphs)),
@@ -156,10 +147,8 @@ def fineweb(text: str, settings: StatisticsSettings) -> Numbers:
     return {
         "fineweb_terminal_lines": share(sum(is_terminal(line.rstrip()[-1]) for line in lines), len(lines)),
         "fineweb_short_lines": share(sum(len(line) <= 30 for line in lines), len(lines)),
-        "fineweb_duplicate_line_chars": share(duplicates_fast(lines)[1], len(text.replace("\n", ""))),
-        "fineweb_newlines_per_word": share(
-            text.count("\n"), len(words_of(text, settings.word_splitter))
-        ),
+        "fineweb_duplicate_line_chars": share(duplicates(lines)[1], len(text.replace("\n", ""))),
+        "fineweb_newlines_per_word": share(text.count("\n"), len(words_of(text, settings.word_splitter))),
     }
 
 
@@ -202,7 +191,7 @@ def c4(text: str, settings: StatisticsSettings) -> tuple[str, Numbers]:
         if settings.remove_citations and (citations := CITATION.findall(line)):
             found["c4_citations"] += len(citations)
             found["c4_citation_chars"] += sum(map(len, citations))
-            before, line = line, CITATION.sub("", line)
+            line = CITATION.sub("", line)
             stripped = line.strip()
             all_chars -= len(line) - len(stripped)  # white space at the ends counts nowhere
             line = stripped
