@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_tools.cli_steps import add_folders, add_steps, run_step
+
 _EXAMPLE = """example:
   {}
 """
@@ -16,8 +18,8 @@ def add_commands(subparsers: Any) -> None:
     """Add `data` with its subcommands to the parser of `megalite`; each sets `func(args) -> int`."""
     data = subparsers.add_parser("data", help="turn text into shards, check and show them")
     commands = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    add_steps(commands, _add)
     _add_tokenize(commands)
-
     _add_verify(commands)
     _add_show(commands)
     _add_stats(commands)
@@ -66,32 +68,33 @@ def _add_tokenize(commands: Any) -> None:
         commands,
         "tokenize",
         "text to training and held-out shards",
-        "megalite data tokenize --text books/ --to data --tokenizer bpe --vocab-size 4096",
+        "megalite data tokenize --text books/ --to data --tokenizer bpe --vocab-size 4096\n"
+        "  megalite data tokenize work/near --to work/tokens tokenizer=gpt2/",
     )
+    parser.add_argument("source", type=Path, nargs="?", help="folder of a recipe's step; or give --text")
     parser.add_argument(
+        "--to", type=Path, required=True, metavar="DIR", help="gets train/, valid/, stats.json; or a step"
+    )
+    add_folders(parser, "tokenize")
+    text = parser.add_argument_group("text that needs no recipe, by one process")
+    text.add_argument(
         "--text",
         action="append",
-        required=True,
         metavar="PATH",
-        help="a text file, a folder, .jsonl(.gz|.zst) with a text field, or python-stdlib; repeatable",
+        help="files or folders of text, JSON lines, pages, tables; or python-stdlib; repeatable",
     )
-    parser.add_argument(
-        "--to", type=Path, required=True, metavar="DIR", help="gets train/, valid/, stats.json"
-    )
-    parser.add_argument(
+    text.add_argument(
         "--tokenizer",
         default="bpe",
         metavar="KIND",
         help="byte, bpe (trained on this text), or the path of a tokenizer.json (default bpe)",
     )
-    parser.add_argument(
-        "--vocab-size", type=_positive, default=4096, metavar="N", help="of bpe (default 4096)"
-    )
-    parser.add_argument(
+    text.add_argument("--vocab-size", type=_positive, default=4096, metavar="N", help="of bpe (default 4096)")
+    text.add_argument(
         "--valid-fraction", type=float, default=0.02, metavar="F", help="documents held out (default 0.02)"
     )
-    parser.add_argument("--max-mib", type=float, metavar="N", help="read at most about N MiB of text")
-    parser.add_argument(
+    text.add_argument("--max-mib", type=float, metavar="N", help="read at most about N MiB of text")
+    text.add_argument(
         "--compression",
         choices=["lz4", "zstd", "zstd-shard"],
         help="compress record batches (lz4, zstd), or whole files for slow networks (zstd-shard)",
@@ -129,6 +132,14 @@ def _dataset(text: str) -> str | Path:
 
 
 def _tokenize(args: argparse.Namespace) -> int:
+    from megalite.errors import DataError
+
+    if (args.source is None) == (args.text is None):
+        raise DataError("give either the folder of a step, or text with --text")
+    return _tokenize_text(args) if args.source is None else run_step(args)
+
+
+def _tokenize_text(args: argparse.Namespace) -> int:
     from data_tools.ingest import Corpus
     from data_tools.progress import progress
     from data_tools.tokenize import build_shards, finished_build

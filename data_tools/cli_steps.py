@@ -1,9 +1,8 @@
-"""`megalite data build` and the steps of a recipe one at a time. Imports what a command needs when it runs."""
+"""`megalite data build`, and a recipe's steps one at a time. Imports what a command needs when it runs."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,10 @@ is left out. A command that was stopped goes on where it was; a step is made aga
 what it reads has changed. Under torchrun, deepspeed or a Slurm array on a shared file system all ranks share
 the work, to the same bytes.
 """
-_KEY_HELP = "settings as key=value, e.g. {}"
 
 # Steps that read one step's folder and write another: what they do, and an example of a setting.
 _STEPS = {
-    "clean": ("mend texts, name their languages, measure them, mask personal data", "normalise.form=NFKC"),
+    "clean": ("mend texts, find their languages, measure them, mask personal data", "pii=false"),
     "filter": ("leave out documents by what was measured", "gopher_repetition=false"),
     "decontaminate": ("leave out what evaluations ask", "'files=[{path=\"mmlu.jsonl\"}]'"),
     "buckets": ("sort each source's documents for a curriculum", "by=quality"),
@@ -51,15 +49,19 @@ def add_steps(commands: Any, add: Add) -> None:
         _add_step(kinds, add, name, f"dedup {name}", text, setting)
 
 
+def add_folders(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add what a step's command needs beside its source and `--to`."""
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=f"of the recipe's [{name}]")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help=f"take settings from its [{name}]")
+    add_crew(parser)
+    parser.set_defaults(step=name)
+
+
 def add_crew(parser: argparse.ArgumentParser) -> None:
     """Add who does the work."""
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes of this rank (default: one a core)"
-    )
-    parser.add_argument(
-        "--rank", type=int, metavar="R", help="this one of --world; set by launchers otherwise"
-    )
-    parser.add_argument("--world", type=int, metavar="W", help="how many run this command")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--rank", type=int, metavar="R", help="this one of --world; a launcher says it too")
+    parser.add_argument("--world", type=int, metavar="W", help="how many run this command together")
 
 
 def build_crew(args: argparse.Namespace, root: Path) -> Crew:
@@ -72,72 +74,80 @@ def build_crew(args: argparse.Namespace, root: Path) -> Crew:
 
     if (args.rank is None) != (args.world is None):
         raise DataError("--rank and --world go together; give both, or neither under a launcher")
-    if args.rank is None:
-        place = place_from_environment()
-    else:
-        place = Place(args.rank, args.world)
-        if not 0 <= place.rank < place.world:
-            raise DataError(
-                f"--rank {place.rank} --world {place.world}: a rank is from 0 to {place.world - 1}"
-            )
     if args.workers is not None and args.workers < 1:
         raise DataError(f"--workers {args.workers}: give at least 1")
-    return Crew(root, args.workers, place)
+    if args.rank is None:
+        return Crew(root, args.workers, place_from_environment())
+    if not 0 <= args.rank < args.world:
+        raise DataError(f"--rank {args.rank} --world {args.world}: a rank is from 0 to {args.world - 1}")
+    return Crew(root, args.workers, Place(args.rank, args.world))
+
+
+def run_step(args: argparse.Namespace) -> int:
+    """Run the step `args.step` on the folder `args.source`."""
+    from data_tools.recipe import Recipe
+    from megalite.config_file import load_settings
+    from megalite.errors import DataError
+
+    if args.recipe is None:
+        settings = load_settings(Recipe, args.step, args.settings)
+    elif (settings := getattr(_recipe(args), args.step)) is None:
+        raise DataError(f"{args.recipe} has no [{args.step}] table; add one, or leave --recipe out")
+    if getattr(args, "preview", False):
+        from data_tools.filter import preview
+
+        print(preview(settings, args.source).summary())
+        return 0
+    return _run(args, settings, args.source)
 
 
 def _add_build(commands: Any, add: Add) -> None:
-    parser = add(
-        commands, "build", "run a recipe: raw text to shards", "megalite data build configs/corpus.toml"
+    example = (
+        "megalite data build configs/corpus.toml\n  megalite data build configs/corpus.toml --until near"
     )
+    parser = add(commands, "build", "run a recipe: raw text to shards", example)
     parser.description = _BUILD_HELP
     parser.add_argument("recipe", type=Path, help="a TOML file; configs/corpus.toml is an example")
-    parser.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help=_KEY_HELP.format("near.threshold=0.7")
-    )
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="e.g. near.threshold=0.7")
     parser.add_argument("--until", metavar="STEP", help="stop after this step")
-    parser.add_argument("--dry-run", action="store_true", help="check the recipe and say what would be done")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe and print it, defaults too")
     add_crew(parser)
     parser.set_defaults(func=_build)
 
 
 def _add_ingest(commands: Any, add: Add) -> None:
-    parser = add(
-        commands,
-        "ingest",
-        "read text from files, folders, archives",
-        "megalite data ingest books/ --to work/in",
-    )
+    example = "megalite data ingest books/ wiki.jsonl.zst --to work/in"
+    parser = add(commands, "ingest", "read text from files and folders of many kinds", example)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="what to read, each a source named after it")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="the step's folder")
-    parser.add_argument("--recipe", type=Path, metavar="FILE", help="take the recipe's sources")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="read the recipe's sources instead")
     add_crew(parser)
-    parser.set_defaults(func=_ingest)
+    parser.set_defaults(func=_ingest, step="ingest")
 
 
 def _add_step(commands: Any, add: Add, name: str, command: str, text: str, setting: str) -> None:
     parser = add(commands, name, text, f"megalite data {command} work/in --to work/out {setting}")
     parser.add_argument("source", type=Path, help="folder of the step before")
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=_KEY_HELP.format(setting))
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="the step's folder")
-    parser.add_argument(
-        "--recipe", type=Path, metavar="FILE", help=f"take settings from the recipe's [{name}]"
-    )
-    add_crew(parser)
-    parser.set_defaults(func=_step, step=name)
+    parser.add_argument("--to", type=Path, required=name != "filter", metavar="DIR", help="the step's folder")
+    add_folders(parser, name)
+    if name == "filter":
+        parser.add_argument("--preview", action="store_true", help="only say what each rule would leave out")
+    parser.set_defaults(func=run_step)
 
 
 def _build(args: argparse.Namespace) -> int:
-    from data_tools.build import build, plan
+    from data_tools.build import build
     from data_tools.recipe import load_recipe
+    from megalite.config_file import to_toml
 
     recipe = load_recipe(args.recipe, args.settings)
     if args.dry_run:
-        for step in plan(recipe):
-            print(f"{step.name} → {step.folder}\n  {step.settings}")
+        print(to_toml(recipe), end="")
         return 0
     with build_crew(args, Path(recipe.out)) as crew:
         page = build(recipe, crew, args.until)
-    print(f"{recipe.out} is built; {page} tells what became of every document")
+        if crew.is_first:
+            print(f"{page} tells what became of every document")
     return 0
 
 
@@ -146,27 +156,14 @@ def _ingest(args: argparse.Namespace) -> int:
     from megalite.errors import DataError
 
     if bool(args.paths) == (args.recipe is not None):
-        raise DataError("give paths to read, or --recipe, not both")
+        raise DataError("give either paths to read, or --recipe")
     if args.recipe is not None:
-        settings = _recipe(args).ingest
-    else:
-        settings = IngestSettings(
-            sources=tuple(SourceSettings(name=Path(path).resolve().name, path=path) for path in args.paths)
-        )
-    return _run(args, "ingest", settings)
-
-
-def _step(args: argparse.Namespace) -> int:
-    from data_tools.recipe import Recipe
-    from megalite.config_file import load_settings
-    from megalite.errors import DataError
-
-    if args.recipe is None:
-        return _run(args, args.step, load_settings(Recipe, args.step, args.settings), args.source)
-    settings = getattr(_recipe(args), args.step)
-    if settings is None:
-        raise DataError(f"{args.recipe} has no [{args.step}] table; add one, or leave --recipe out")
-    return _run(args, args.step, settings, args.source)
+        return _run(args, _recipe(args).ingest)
+    names = [Path(path).resolve().name.split(".")[0] or path for path in args.paths]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"two paths would be sources named {twice[0]!r}; name them in a recipe's [ingest]")
+    sources = (SourceSettings(name=name, path=path) for name, path in zip(names, args.paths, strict=True))
+    return _run(args, IngestSettings(sources=tuple(sources)))
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -175,12 +172,15 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return load_recipe(args.recipe, [f"{args.step}.{item}" for item in getattr(args, "settings", ())])
 
 
-def _run(args: argparse.Namespace, name: str, settings: Section, *sources: Path) -> int:
+def _run(args: argparse.Namespace, settings: Section, *sources: Path) -> int:
     from data_tools.build import STEPS
     from data_tools.report import summary
+    from megalite.errors import DataError
 
+    if args.to is None:
+        raise DataError("--to DIR is missing: the folder this step is to make")
     with build_crew(args, args.to) as crew:
-        flow = STEPS[name](settings, *sources, args.to, crew)
+        flow = STEPS[args.step](settings, *sources, args.to, crew)
         if crew.is_first:
-            print(summary(name, flow), file=sys.stderr)
+            print(summary(args.step, flow))
     return 0
