@@ -25,12 +25,12 @@ except ImportError:
 
 def compiled(function: F) -> F:
     """Machine code for the argument types met, kept on disk for the next process; releases the GIL."""
-    elsewhere = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(_cache_folder())
+    config: Any = numba.config
+    elsewhere, config.CACHE_DIR = config.CACHE_DIR, str(_cache_folder())
     try:
         return cast(F, numba.njit(cache=True, nogil=True)(function))
     finally:
-        numba.config.CACHE_DIR = elsewhere
+        config.CACHE_DIR = elsewhere
 
 
 def inlined(function: F) -> F:

@@ -99,7 +99,7 @@ def _read_mixture(values: dict[str, Any]) -> None:
             )
 
 
-def to_toml(config: Config) -> str:
+def to_toml(config: BaseModel) -> str:
     """The resolved configuration as TOML that `load_config` reads back to an equal object."""
     values = config.model_dump(exclude_none=True)
     lines = [f"{key} = {toml_value(value)}" for key, value in values.items() if not isinstance(value, dict)]
