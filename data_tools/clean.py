@@ -92,14 +92,14 @@ def run(settings: CleanSettings, source: Path, out: Path, crew: Crew, renew: boo
     step = Step(out, KIND, VERSION, _without_paths(settings), [source, *made_with], crew, renew=renew)
     if step.is_finished:
         return Flow.from_json(read_report(out))
-    _operations(settings)  # fails here, if at all
+    _operations(settings.model_dump_json())  # fails here, if at all
     if crew.workers > 1:
         _operations.cache_clear()  # this process has no use for the models
     return step.finish(step.map_parts(step_parts(source), partial(_clean, settings)))
 
 
 def _clean(settings: CleanSettings, path: Path, flow: Flow) -> Iterator[pa.RecordBatch]:
-    operations = dict(_operations(settings))
+    operations = dict(_operations(settings.model_dump_json()))
     normalise = operations.pop("normalise", None)
     for batch in read_part(path):
         out = normalise(batch, flow) if normalise else batch
@@ -113,8 +113,9 @@ def _clean(settings: CleanSettings, path: Path, flow: Flow) -> Iterator[pa.Recor
 
 
 @cache
-def _operations(settings: CleanSettings) -> dict[str, Operation]:
-    """Those that are on, in order, ready for work."""
+def _operations(settings_json: str) -> dict[str, Operation]:
+    """Those that are on, in order, ready for work; once a process."""
+    settings = CleanSettings.model_validate_json(settings_json)
     sections = {name: getattr(settings, name) for name in OPERATIONS}
     return {name: OPERATIONS[name](section) for name, section in sections.items() if section is not None}
 

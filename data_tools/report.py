@@ -69,6 +69,8 @@ def write_report(steps: Sequence[tuple[str, Path]], path: Path, title: str) -> N
 
 def summary(name: str, flow: Flow) -> str:
     """What a step did, in one line for a terminal."""
+    if not flow.sources:  # a plan, not a passage of documents
+        return f"{name}: {', '.join(f'{number:,} {what}' for what, number in sorted(flow.counters.items()))}"
     documents_in, documents_out, bytes_in, bytes_out = flow.totals()
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in _largest(flow.dropped()))
     left_out = f"; left out: {reasons}" if reasons else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -26,9 +26,8 @@ class StatisticsSettings(Section):
     gopher: bool = Field(True, description="measure Gopher's quality and repetition, before C4's edits")
     c4: bool = Field(True, description="take out lines and citations as C4 does, and measure what it does")
     fineweb: bool = Field(True, description="measure what FineWeb added, after C4's edits")
-    stop_words: dict[str, tuple[str, ...]] = Field(
+    stop_words: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(
         _STOP_WORDS,
-        strict=False,
         description="by language; a document in one that is not here has no such number, and passes. "
         "Without a column `language` all words count for every document",
     )
