@@ -75,7 +75,7 @@ def _check(path: str) -> None:
             actual = len(data)
     except OSError as error:
         raise DataError(f"cannot read the model {path}: {error.strerror}") from None
-    except (ValueError, struct.error):
+    except (ValueError, IndexError, struct.error):
         raise DataError(f"{path} is not a fastText model (.bin or .ftz), or cut short") from None
     if magic != MAGIC:
         raise DataError(f"{path} is not a fastText model (.bin or .ftz)")
@@ -93,6 +93,8 @@ def _extent(data: mmap.mmap) -> tuple[int, int, int]:
         return magic, 0, 0
     for _ in range(words):  # a word, a NUL, its count and its kind
         at = data.find(b"\0", at) + 10
+        if at < 10 or at > len(data):
+            raise ValueError("the words go on behind the end")
     at += 8 * max(pruned, 0)
     for _ in ("input", "output"):
         is_quantised = data[at]

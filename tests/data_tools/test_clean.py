@@ -175,7 +175,7 @@ def test_a_model_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     trained.quantize(input=str(tmp_path / "train.txt"), qnorm=True, cutoff=300, retrain=False, verbose=0)
     trained.save_model(str(tmp_path / "small.ftz"))
     for path in (tmp_path / "dense.bin", tmp_path / "small.ftz"):
-        assert FastTextModel(str(path)).labels == ("a", "b")
+        assert set(FastTextModel(str(path)).labels) == {"a", "b"}
         whole = path.read_bytes()
         cut = path.with_name("cut.bin")
         for size in (4, 30, 92, 100, 300, len(whole) // 2, len(whole) - 1):

@@ -149,7 +149,7 @@ def test_what_is_masked(text: str, expected: str) -> None:
         ),
         "-----BEGIN PUBLIC KEY-----\n" + "MIIEowIBAAKCAQEAxY0\n" * 5 + "-----END PUBLIC KEY-----",
         "-----BEGIN RSA PRIVATE KEY-----\n...\n-----END RSA PRIVATE KEY-----",
-        "git 7f3a9b2c4d5e6f708192a3b4c5d6e7f801234567 sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483",
+        "git 7f3a9b2c4d5e6f708192a3b4c5d6e7f801234567 sha256:2c26b46b68ffc68ff99b453c1d304134134",
     ],
 )
 def test_what_is_left_alone(text: str) -> None:
