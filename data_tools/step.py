@@ -113,6 +113,8 @@ class Step:
             total.merge(flow)
         total.check(self.kind)
         if self.crew.is_first and not self.is_finished:
+            for path in self.folder.rglob("*.tmp"):  # of kills; nobody writes here any more
+                path.unlink()
             wall, cpu = self._began
             timing = {
                 "wall_s": round(time.monotonic() - wall, 3),
@@ -139,8 +141,9 @@ class Step:
         if is_claimed():
             return
         found = read_marker(self.folder, path.stem)
-        inside = {item.name for item in self.folder.iterdir()} if self.folder.exists() else set()
-        if found is None and inside - {"ranks"}:
+        inside = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+        # A kill may have left the beginning of step.json.
+        if found is None and any(name != "ranks" and not name.endswith(".tmp") for name in inside):
             raise DataError(f"{self.folder} is in the way, no step made it; name another folder or remove it")
         if found is not None and not renew:
             changes = changed_keys(found, {**self._head, "fingerprint": self.fingerprint})

@@ -34,13 +34,14 @@ CLEAN = [
     "Der Hund schläft\nauf dem Sofa und träumt vom Wald.\n",
     "The server <IP> answered at last.",
 ]
+PLAIN = CleanSettings(statistics=None)
 
 
 def test_documents_are_cleaned_and_accounted_for(tmp_path: Path) -> None:
     source = write_step(tmp_path / "in", PARTS)
     with crew(tmp_path) as work:
-        flow = run(CleanSettings(), source, tmp_path / "out", work)
-        again = run(CleanSettings(), source, tmp_path / "out", work)
+        flow = run(PLAIN, source, tmp_path / "out", work)
+        again = run(PLAIN, source, tmp_path / "out", work)
     rows = rows_of(tmp_path / "out")
     assert [row["text"] for row in rows] == CLEAN
     assert [(row["language"], row["pii_count"]) for row in rows] == [("en", 1), ("de", 0), ("en", 1)]
@@ -56,7 +57,9 @@ def test_documents_are_cleaned_and_accounted_for(tmp_path: Path) -> None:
 
 def test_each_operation_can_be_left_out(tmp_path: Path) -> None:
     source = write_step(tmp_path / "in", PARTS)
-    settings = CleanSettings.model_validate({"normalise": False, "language": False, "pii": {"ip": False}})
+    settings = CleanSettings.model_validate(
+        {"normalise": False, "language": False, "pii": {"ip": False}, "statistics": False}
+    )
     with crew(tmp_path) as work:
         run(settings, source, tmp_path / "out", work)
     rows = rows_of(tmp_path / "out")
@@ -65,11 +68,26 @@ def test_each_operation_can_be_left_out(tmp_path: Path) -> None:
     assert set(rows[0]) == {"id", "source", "text", "meta", "pii_count"}
 
 
+def test_what_the_filter_judges_is_measured_before_masks_are_put_in(tmp_path: Path) -> None:
+    source = write_step(tmp_path / "in", PARTS)
+    settings = CleanSettings.model_validate({"statistics": {"c4": False}})
+    with crew(tmp_path) as work:
+        run(settings, source, tmp_path / "out", work)
+    rows = rows_of(tmp_path / "out")
+    assert [row["text"] for row in rows] == CLEAN
+    assert rows[0]["gopher_words"] == 14
+    letters = "Writetomeatanna@host.de,shesaid.Theendofthestoryisnear."
+    assert rows[0]["gopher_mean_word_length"] == pytest.approx(len(letters) / 14)
+    assert [row["gopher_stop_words"] for row in rows] == [3, None, 1]  # none are known for German
+    assert "fineweb_short_lines" in rows[0]
+    assert "c4_sentences" not in rows[0]
+
+
 def test_cleaning_the_clean_changes_nothing(tmp_path: Path) -> None:
     source = write_step(tmp_path / "in", PARTS)
     with crew(tmp_path) as work:
-        run(CleanSettings(), source, tmp_path / "out", work)
-        flow = run(CleanSettings(), tmp_path / "out", tmp_path / "twice", work)
+        run(PLAIN, source, tmp_path / "out", work)
+        flow = run(PLAIN, tmp_path / "out", tmp_path / "twice", work)
     assert texts_of(tmp_path / "twice") == CLEAN
     assert not flow.counters
 
@@ -78,18 +96,18 @@ def test_the_same_bytes_on_one_rank_and_two_and_after_a_loss(tmp_path: Path) -> 
     source = write_step(tmp_path / "in", PARTS)
     one, two = tmp_path / "one", tmp_path / "two"
     with crew(one) as work:
-        run(CleanSettings(), source, one / "out", work)
+        run(PLAIN, source, one / "out", work)
     with crew(two, rank=0, world=2) as first, crew(two, rank=1, world=2) as second:
-        other = threading.Thread(target=run, args=(CleanSettings(), source, two / "out", second))
+        other = threading.Thread(target=run, args=(PLAIN, source, two / "out", second))
         other.start()
-        run(CleanSettings(), source, two / "out", first)
+        run(PLAIN, source, two / "out", first)
         other.join()
     assert files_of(one / "out") == files_of(two / "out")
     expected = files_of(one / "out")
-    for lost in ("report.json", "done/parts/part-00002.json", "parts/part-00002.parquet"):
+    for lost in ("report.json", "done/parts/part-000002.json", "parts/part-000002.parquet"):
         (one / "out" / lost).unlink()
     with crew(one) as work:
-        run(CleanSettings(), source, one / "out", work)
+        run(PLAIN, source, one / "out", work)
     assert files_of(one / "out") == expected
 
 

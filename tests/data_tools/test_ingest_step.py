@@ -34,7 +34,7 @@ def ingest(out: Path, *sources: dict[str, Any], workers: int = 1, rank: int = 0,
 def aside_of(out: Path) -> list[dict[str, Any]]:
     return [
         json.loads(line)
-        for path in sorted((out / "aside").glob("part-*.jsonl"))
+        for path in sorted((out / "aside").glob("*.jsonl"))
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
 
