@@ -196,9 +196,8 @@ def _load_tables(settings: DecontaminateSettings, path: Path) -> list[Table]:
         grams = read_rows([path], size, 3)
         if len(grams):
             width = max(10, (len(grams) * FILTER_BITS - 1).bit_length())
-            places = np.unique(grams[:, 0] >> np.uint64(64 - width))
             flags = np.zeros(1 << width, dtype=np.bool_)
-            flags[places] = True
+            flags[grams[:, 0] >> np.uint64(64 - width)] = True
             bits = np.packbits(flags, bitorder="little")
             tables.append(Table(size, grams, bits, np.uint64(64 - width)))
     return tables

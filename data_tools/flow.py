@@ -39,11 +39,13 @@ class Flow:
         """One document was left out, for a reason with an optional detail such as the value measured."""
         self._count(source, "in", bytes_in)
         self._count_dropped(source, reason, 1, bytes_in)
-        self._example(source, reason, doc_id, text, why)
+        self.example(source, reason, doc_id, text, why)
 
     def example(self, source: str, label: str, doc_id: str, text: str, why: str = "") -> None:
-        """Show something that was changed, under a label of its own, such as a span cut out."""
-        self._example(source, label, doc_id, text, why)
+        """Show a document dropped, or what was changed of one, under a reason or a label of its own."""
+        examples = self.examples.setdefault(label, [])
+        if sum(example["source"] == source for example in examples) < EXAMPLES:
+            examples.append({"source": source, "id": doc_id, "text": text[:EXAMPLE_CHARS], "why": why})
 
     def pass_batch(
         self,
@@ -75,7 +77,7 @@ class Flow:
                 for row in np.flatnonzero(dropped)[:EXAMPLES].tolist():
                     detail = "" if why is None else why[row]
                     text = batch.column("text")[row].as_py()
-                    self._example(source, reasons[index], batch.column("id")[row].as_py(), text, detail)
+                    self.example(source, reasons[index], batch.column("id")[row].as_py(), text, detail)
 
     def count(self, name: str, number: int = 1) -> None:
         """Add to a counter that is not about whole documents, such as lines removed."""
@@ -101,7 +103,7 @@ class Flow:
                 self._count_dropped(source, reason, dropped["documents"], dropped["bytes"])
         for reason, examples in other.examples.items():
             for example in examples:
-                self._example(example["source"], reason, example["id"], example["text"], example["why"])
+                self.example(example["source"], reason, example["id"], example["text"], example["why"])
         for histogram, bins in other.histograms.items():
             mine = self.histograms.setdefault(histogram, {})
             for label, number in bins.items():
@@ -170,8 +172,3 @@ class Flow:
         dropped = self._source(source)["dropped"].setdefault(reason, {"documents": 0, "bytes": 0})
         dropped["documents"] += documents
         dropped["bytes"] += size
-
-    def _example(self, source: str, reason: str, doc_id: str, text: str, why: str) -> None:
-        examples = self.examples.setdefault(reason, [])
-        if sum(example["source"] == source for example in examples) < EXAMPLES:
-            examples.append({"source": source, "id": doc_id, "text": text[:EXAMPLE_CHARS], "why": why})

@@ -11,7 +11,7 @@ clusters    every bucket: pairs that share a band compared exactly, those alike 
 parts       every part without those that do not
 
 Disk, at most: 16 bytes a band and document, twice; 8 bytes a word of candidates. Memory: `memory_bytes` a
-worker, or a row group with 24 bytes a word of it; for components 32 bytes a candidate, on one machine.
+worker, or a row group with 24 bytes a word of it; for components 64 bytes a candidate, on one machine.
 """
 
 from __future__ import annotations
