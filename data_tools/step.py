@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import resource
 import shutil
 import time
@@ -140,7 +141,9 @@ class Step:
             return
         found = read_marker(self.folder, path.stem)
         inside = {item.name for item in self.folder.iterdir()} if self.folder.exists() else set()
-        if found is None and inside - {"ranks"}:
+        # A step that was killed while it claimed the folder left no more than its unfinished file.
+        inside = {name for name in inside if not re.fullmatch(rf"ranks|{STEP_FILE}\.\d+\.tmp", name)}
+        if found is None and inside:
             raise DataError(
                 f"{self.folder} is in the way and no step made it; name another folder or remove it"
             )
