@@ -57,7 +57,12 @@ def tokenizer(pattern: int, **model: Any) -> JsonTokenizer:
     table = json.loads(train_bpe(SAMPLE, 400).content)
     if pattern:
         cut = {"Regex": PATTERNS[pattern]}
-        split = {"type": "Split", "pattern": cut, "behavior": "Isolated", "invert": False}
+        way = (
+            {"behavior": "Isolated", "invert": False}
+            if pattern == 1
+            else {"behavior": "Removed", "invert": True}
+        )
+        split = {"type": "Split", "pattern": cut, **way}
         steps = [split, {**table["pre_tokenizer"], "use_regex": False}]
         table["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
     table["model"] |= model
