@@ -66,11 +66,13 @@ def read_model(content: str) -> Model:
 
 def _spelled(vocab: dict[str, int]) -> dict[bytes, int]:
     """Tokens by their bytes, but for those of other characters, which no pre-token can be."""
-    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    letters = byte_letters()
+    is_letters = set(letters).issuperset
+    to_latin_1 = str.maketrans({letter: chr(byte) for byte, letter in enumerate(letters)})
     return {
-        bytes(byte_of[letter] for letter in token): number
+        token.translate(to_latin_1).encode("latin-1"): number
         for token, number in vocab.items()
-        if token and all(letter in byte_of for letter in token)
+        if token and is_letters(token)
     }
 
 
