@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,6 +141,7 @@ def exceptions(surveys: Iterable[dict[str, Any]]) -> dict[str, dict[str, bool]]:
     return special
 
 
+@lru_cache(maxsize=MAX_GROUPS)
 def _folder_name(name: str) -> str:
     safe = quote(name, safe=" ")
     if not safe.strip(". ") or safe.startswith("."):

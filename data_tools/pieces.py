@@ -38,6 +38,7 @@ class Recipe(NamedTuple):
 
     folder: Path
     fingerprint: str  # of the tokenizer saved there
+    vocab_size: int
     engine: str
     split: Split
     compression: str | None
@@ -78,7 +79,6 @@ def join_group(recipe: Recipe, group: str, pieces: Mapping[str, Sequence[str]]) 
 
     May be killed and called again.
     """
-    vocab_size = load_tokenizer(recipe.folder / TOKENIZER).vocab_size
     frequency = {}
     for kind, names in pieces.items():
         parts = [recipe.folder / PIECES / name / group / kind for name in names]
@@ -88,7 +88,7 @@ def join_group(recipe: Recipe, group: str, pieces: Mapping[str, Sequence[str]]) 
             with disk_errors(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
             join_datasets(parts, target)
-        frequency[kind] = np.zeros(vocab_size, np.int64)
+        frequency[kind] = np.zeros(recipe.vocab_size, np.int64)
         for part in parts:
             with disk_errors(part):
                 frequency[kind] += np.fromfile(_counts_file(part), np.int64)

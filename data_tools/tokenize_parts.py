@@ -95,7 +95,7 @@ def run(settings: TokenizeSettings, source: Path, out: Path, crew: Crew, renew: 
     )
     split = Split(settings.valid_fraction, exceptions(surveyed))
     made = step.once("tokenizer", partial(_make_tokenizer, settings, given, parts, sizes, split, out))
-    recipe = Recipe(out, made["fingerprint"], made["engine"], split, settings.compression)
+    recipe = Recipe(out, made["fingerprint"], made["vocab_size"], made["engine"], split, settings.compression)
     pieces = _plan(parts, sizes)
     written, check = _write_pieces(step, recipe, pieces)
     groups = _join(step, recipe, written, [name for name, _, _ in pieces])

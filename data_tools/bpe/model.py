@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from data_tools.bpe.pretokens import PATTERNS
 from megalite.data.byte_level import GPT2, byte_letters
 
+# Two ways to say that what the expression matches are the pre-tokens: it matches everything.
+_KEPT_WHOLE = (("Isolated", False), ("Removed", True))
+
 
 class Unknown(Exception):  # noqa: N818
     """The tokenizer is of another kind; the message completes "the tokenizer …"."""
@@ -62,12 +65,14 @@ def read_model(content: str) -> Model:
 
 
 def _spelled(vocab: dict[str, int]) -> dict[bytes, int]:
-    """Tokens by their bytes; those of other characters, such as special ones, no text's pre-token can be."""
-    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    """Tokens by their bytes, but for those of other characters, which no pre-token can be."""
+    letters = byte_letters()
+    is_letters = set(letters).issuperset
+    to_latin_1 = str.maketrans({letter: chr(byte) for byte, letter in enumerate(letters)})
     return {
-        bytes(byte_of[letter] for letter in token): number
+        token.translate(to_latin_1).encode("latin-1"): number
         for token, number in vocab.items()
-        if token and all(letter in byte_of for letter in token)
+        if token and is_letters(token)
     }
 
 
@@ -85,7 +90,8 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> int:
     if len(before) != 1 or has_own or _kind(before[0]) != "Split":
         raise Unknown(f"has a pre-tokenizer of {', '.join(map(_kind, steps))}")
     expression = before[0].get("pattern", {}).get("Regex")
-    if before[0].get("behavior") != "Isolated" or before[0].get("invert") or expression not in PATTERNS:
+    way = before[0].get("behavior"), bool(before[0].get("invert"))
+    if way not in _KEPT_WHOLE or expression not in PATTERNS:
         raise Unknown(f"splits text by another expression: {str(expression)[:80]}")
     return PATTERNS.index(expression)
 
