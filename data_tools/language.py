@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from data_tools.compiled import compiled, inlined
+from data_tools.compiled import compiled
 from data_tools.documents import texts, with_column
 from data_tools.fasttext_model import FastTextModel
 from data_tools.flow import Flow
@@ -188,7 +188,7 @@ def _beginnings(
     return starts, ends, unusual
 
 
-@inlined
+@compiled
 def _step(
     state: int,
     byte: int,
@@ -204,7 +204,7 @@ def _step(
     return state, size + (met[size] >= 0)
 
 
-@inlined
+@compiled
 def _walk_four(
     data: NDArray[np.uint8],
     starts: NDArray[np.int64],

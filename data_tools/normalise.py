@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from data_tools.characters import code_point
-from data_tools.compiled import compiled, inlined
+from data_tools.compiled import compiled
 from data_tools.documents import text_column, texts, with_column
 from data_tools.flow import Flow
 from data_tools.mojibake import repair, signs
@@ -110,7 +110,7 @@ class Normalise:
                 self._settings.trailing_spaces,
                 self._settings.max_blank_lines,
             )
-            column = text_column(out, bounds)
+            column = text_column(out[: bounds[-1]].copy(), bounds)
             done |= edits
         if (suspects := np.flatnonzero(found & UNICODE)).size:
             form = self._settings.form
@@ -185,7 +185,7 @@ def _actions(invisible: bool, plain_spaces: bool) -> NDArray[np.uint8]:
     return table
 
 
-@inlined
+@compiled
 def _is_unspaced(point: int) -> bool:
     """Whether it is of a script of South-East Asia, where a zero-width space divides words."""
     return (
@@ -198,7 +198,7 @@ def _is_unspaced(point: int) -> bool:
     )
 
 
-@inlined
+@compiled
 def _sequence(data: NDArray[np.uint8], at: int, end: int) -> int:
     """Bytes of a terminal's escape sequence, such as a colour; 1 if the escape begins none."""
     if at + 1 >= end or data[at + 1] != BRACKET:
@@ -288,8 +288,9 @@ def _edit(
     for row in range(found.size):
         at, end = offsets[row], offsets[row + 1]
         if not found[row]:
-            out[to : to + end - at] = data[at:end]
-            to += end - at
+            for byte in range(at, end):
+                out[to] = data[byte]
+                to += 1
             bounds[row + 1] = to
             continue
         bits = breaks = before = 0
@@ -338,4 +339,4 @@ def _edit(
             to = solid
         done[row] = bits
         bounds[row + 1] = to
-    return out[:to].copy(), bounds, done
+    return out, bounds, done

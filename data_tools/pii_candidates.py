@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.compiled import compiled, inlined
+from data_tools.compiled import compiled
 
 # What a candidate might be.
 ADDRESS, NUMBER, HEXADECIMAL, TOKEN, VALUE = 0, 1, 2, 3, 4
@@ -24,7 +24,7 @@ MIN_TOKEN, MAX_TOKEN = 15, 4096
 MIN_VALUE, MAX_VALUE = 20, 256
 MAX_IBAN, MAX_HEXADECIMAL = 44, 46
 MIN_NUMBER_DIGITS = 7
-DASH, DOT, COLON, AT, LOW_LINE = 0x2D, 0x2E, 0x3A, 0x40, 0x5F
+DASH, DOT, COLON, AT = 0x2D, 0x2E, 0x3A, 0x40
 
 
 class Candidates(NamedTuple):
@@ -69,7 +69,23 @@ def _characters() -> NDArray[np.uint8]:
     return table
 
 
-@inlined
+ANY = 0x3F
+
+
+def _prefix_table() -> NDArray[np.int64]:
+    """How keys begin: place of the sign, length, and bytes, int64 [prefixes, 2 + 11]; "?" is any byte."""
+    signs = ((b"-", b"sk- xox?- glpat-"), (b"_", b"gh?_ npm_ ?k_ hf_ github_pat_"), (b"J", b"eyJ"))
+    prefixes = [
+        (some.split(), sign) for sign, some in (*signs, (b"K", b"AKIA"), (b"S", b"ASIA"), (b"z", b"AIza"))
+    ]
+    rows = [(one.index(sign), one) for some, sign in prefixes for one in some] + [(0, b"-----BEGIN ")]
+    return np.array([[place, len(one), *one.ljust(11, b"\0")] for place, one in rows], dtype=np.int64)
+
+
+_PREFIXES = _prefix_table()
+
+
+@compiled
 def _run(data: NDArray[np.uint8], at: int, end: int, chars: NDArray[np.uint8], bits: int) -> int:
     """Where the run of a class that goes on at a place ends."""
     while at < end and chars[data[at]] & bits:
@@ -77,7 +93,7 @@ def _run(data: NDArray[np.uint8], at: int, end: int, chars: NDArray[np.uint8], b
     return at
 
 
-@inlined
+@compiled
 def _back(data: NDArray[np.uint8], at: int, start: int, chars: NDArray[np.uint8], bits: int) -> int:
     """Where the run of a class that ends before a place starts."""
     while at > start and chars[data[at - 1]] & bits:
@@ -85,43 +101,22 @@ def _back(data: NDArray[np.uint8], at: int, start: int, chars: NDArray[np.uint8]
     return at
 
 
-@inlined
-def _is(data: NDArray[np.uint8], at: int, a: int, b: int) -> bool:
-    """Whether two bytes are these."""
-    return bool(data[at] == a and data[at + 1] == b)
-
-
-@inlined
+@compiled
 def _token_start(data: NDArray[np.uint8], at: int, start: int, end: int) -> int:
-    """Where the key begins whose prefix has this byte in it, −1 for none. 6 bytes before are looked at."""
-    byte, before = data[at], at - start
-    if byte == DASH:
-        if at + 10 < end and data[at + 4] == DASH and _is(data, at + 5, 0x42, 0x45):  # -----BEGIN
-            return at
-        if before >= 2 and _is(data, at - 2, 0x73, 0x6B):  # sk-
-            return at - 2
-        if before >= 4 and _is(data, at - 4, 0x78, 0x6F):  # xoxb-
-            return at - 4
-        if before >= 5 and _is(data, at - 5, 0x67, 0x6C) and data[at - 1] == 0x74:  # glpat-
-            return at - 5
-    elif byte == LOW_LINE:
-        if before >= 3 and (_is(data, at - 3, 0x67, 0x68) or _is(data, at - 3, 0x6E, 0x70)):  # ghp_ npm_
-            return at - 3
-        if before >= 2 and (data[at - 1] == 0x6B or _is(data, at - 2, 0x68, 0x66)):  # sk_ rk_ hf_
-            return at - 2
-        if before >= 6 and _is(data, at - 6, 0x67, 0x69) and data[at - 1] == 0x62:  # github_
-            return at - 6
-    elif at + 2 < end:
-        if (byte == 0x4B or byte == 0x53) and before >= 1 and data[at - 1] == 0x41:  # AKIA ASIA
-            return at - 1 if _is(data, at + 1, 0x49, 0x41) else -1
-        if byte == 0x7A and before >= 2 and _is(data, at - 2, 0x41, 0x49):  # AIza
-            return at - 2
-        if byte == 0x4A and before >= 2 and _is(data, at - 2, 0x65, 0x79):  # eyJ
-            return at - 2
+    """Where the key begins whose prefix has this byte as its sign, −1 for none."""
+    for number in range(_PREFIXES.shape[0]):
+        prefix = _PREFIXES[number]
+        first, size = at - prefix[0], prefix[1]
+        if first >= start and first + size <= end and data[at] == prefix[2 + prefix[0]]:
+            same = 0
+            while same < size and (prefix[2 + same] == ANY or prefix[2 + same] == data[first + same]):
+                same += 1
+            if same == size:
+                return int(first)
     return -1
 
 
-@inlined
+@compiled
 def _token_end(data: NDArray[np.uint8], at: int, end: int, chars: NDArray[np.uint8]) -> int:
     """Where the letters, digits and signs of a key or of base64 end."""
     while at < end and chars[data[at]] & KEY:
@@ -129,7 +124,7 @@ def _token_end(data: NDArray[np.uint8], at: int, end: int, chars: NDArray[np.uin
     return at
 
 
-@inlined
+@compiled
 def _phrase(data: NDArray[np.uint8], at: int, end: int, chars: NDArray[np.uint8]) -> tuple[int, int, int]:
     """Digits with at most two separators between them: where they end, how many, and how many dots."""
     digits = dots = apart = 0
@@ -149,7 +144,7 @@ def _phrase(data: NDArray[np.uint8], at: int, end: int, chars: NDArray[np.uint8]
     return last, digits, dots
 
 
-@inlined
+@compiled
 def _is_assigned(data: NDArray[np.uint8], at: int, start: int) -> bool:
     """Whether "=", ":" or "=>" stands before a place, perhaps with spaces and a quote between."""
     low = max(start, at - 5)
@@ -158,7 +153,7 @@ def _is_assigned(data: NDArray[np.uint8], at: int, start: int) -> bool:
     return at > start and data[at - 1] in (COLON, 0x3D, 0x3E)
 
 
-@inlined
+@compiled
 def _at_digit(
     data: NDArray[np.uint8], at: int, start: int, end: int, chars: NDArray[np.uint8]
 ) -> tuple[int, int, int, int]:

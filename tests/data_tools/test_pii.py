@@ -201,9 +201,10 @@ def test_all_kinds_are_found_among_each_other() -> None:
 @settings(deadline=None, max_examples=300)
 @given(
     st.lists(st.text("0123456789@.:+-() /aAbB_=<>é", max_size=30), max_size=4),
-    st.randoms(use_true_random=False),
+    st.integers(0, 1 << 32),
 )
-def test_masking_twice_is_masking_once(noise: list[str], draw: random.Random) -> None:
+def test_masking_twice_is_masking_once(noise: list[str], seed: int) -> None:
+    draw = random.Random(seed)
     known = [draw.choice(one_of_each(draw))[0] for _ in noise]
     text = "".join(part for pair in zip(noise, known, strict=True) for part in pair)
     assert masked(masked(text)) == masked(text)
