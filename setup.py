@@ -38,7 +38,7 @@ setup(
             "tokenizers>=0.20.3",
             "numba>=0.61",
             "ftfy>=6.2",
-            "py3langid>=0.3",
+            "py3langid>=0.4",
             "resiliparse>=0.15",
         ],
         "hub": ["datasets>=4.0"],  # from which on a dataset cannot bring code along
@@ -50,7 +50,7 @@ setup(
             "tokenizers>=0.20.3",
             "numba>=0.61",
             "ftfy>=6.2",
-            "py3langid>=0.3",
+            "py3langid>=0.4",
             "resiliparse>=0.15",
             "tiktoken>=0.8",
             "transformers>=5.0",
