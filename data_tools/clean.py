@@ -35,7 +35,7 @@ from data_tools.mojibake import FTFY_VERSION
 from data_tools.normalise import Normalise, NormaliseSettings
 from data_tools.pii import Pii, PiiSettings
 from data_tools.quality import Quality, QualitySettings
-from data_tools.statistics.operation import Statistics, fingerprints
+from data_tools.statistics.operation import Statistics, columns, fingerprints
 from data_tools.statistics.settings import StatisticsSettings
 from data_tools.step import Step, read_report, step_parts
 from megalite.config.section import Section
@@ -96,6 +96,19 @@ def run(settings: CleanSettings, source: Path, out: Path, crew: Crew, renew: boo
     if crew.workers > 1:
         _operations.cache_clear()  # this process has no use for the models
     return step.finish(step.map_parts(step_parts(source), partial(_clean, settings)))
+
+
+def added_columns(settings: CleanSettings) -> pa.Schema:
+    """What documents have that went through, beside what they had; every statistic as float32."""
+    numbers = [] if settings.statistics is None else columns(settings.statistics)
+    for is_on, name in (
+        (settings.language, "language_score"),
+        (settings.quality, "quality"),
+        (settings.pii, "pii_count"),
+    ):
+        numbers += [name] if is_on is not None else []
+    language = [pa.field("language", pa.string())] if settings.language is not None else []
+    return pa.schema([*language, *(pa.field(name, pa.float32()) for name in numbers)])
 
 
 def _clean(settings: CleanSettings, path: Path, flow: Flow) -> Iterator[pa.RecordBatch]:

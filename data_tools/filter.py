@@ -160,7 +160,7 @@ def run(settings: FilterSettings, source: Path, out: Path, crew: Crew, renew: bo
     Raises:  DataError if a rule names no column of numbers of `source`, or none of the sets' rules
     """
     parts = step_parts(source)
-    rules = rules_of(settings, source, parts)
+    rules = rules_of(settings, str(source), _schema(parts[0]) if parts else None)
     step = Step(out, KIND, VERSION, settings, [source], crew, renew=renew)
     if step.is_finished:
         return Flow.from_json(read_report(out))
@@ -179,7 +179,7 @@ def preview(settings: FilterSettings, source: Path) -> Preview:
     Raises:  DataError as `run` does
     """
     parts = step_parts(source)
-    rules = rules_of(settings, source, parts)
+    rules = rules_of(settings, str(source), _schema(parts[0]) if parts else None)
     columns = sorted({"text" if rule.name == SIZE else rule.name for rule in rules} | {"source"})
     flow, documents = Flow(), 0
     dropped = np.zeros(len(rules), np.int64)
@@ -193,8 +193,11 @@ def preview(settings: FilterSettings, source: Path) -> Preview:
     return Preview(documents, documents - int(dropped.sum()), counts)
 
 
-def rules_of(settings: FilterSettings, source: Path, parts: Sequence[Path]) -> list[Rule]:
-    """The rules in force, in the order they are tried; checked against the columns of the first part."""
+def rules_of(settings: FilterSettings, source: str, schema: pa.Schema | None) -> list[Rule]:
+    """The rules in force, in the order they are tried; checked against the columns that `source` has.
+
+    Raises:  DataError if a rule is not one, or has no column
+    """
     rules = []
     if settings.min_bytes is not None or settings.max_bytes is not None:
         rules.append(Rule(SIZE, settings.min_bytes or 0, settings.max_bytes or _UNBOUNDED))
@@ -210,12 +213,12 @@ def rules_of(settings: FilterSettings, source: Path, parts: Sequence[Path]) -> l
             bounds |= {name: limits for name, limits in rule_set.items() if name not in settings.without}
     bounds |= {name: settings.thresholds[name] for name in sorted(settings.thresholds)}
     rules += [Rule(name, *limits) for name, limits in bounds.items()]
-    if parts:
-        _check(rules, settings, source, _schema(parts[0]))
+    if schema is not None:
+        _check(rules, settings, source, schema)
     return rules
 
 
-def _check(rules: Sequence[Rule], settings: FilterSettings, source: Path, schema: pa.Schema) -> None:
+def _check(rules: Sequence[Rule], settings: FilterSettings, source: str, schema: pa.Schema) -> None:
     numbers = [field.name for field in schema if _is_number(field.type)]
     for rule in rules:
         if rule.name in numbers or (rule.name == SIZE and rule.name not in settings.thresholds):

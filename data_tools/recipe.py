@@ -8,12 +8,12 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from data_tools.clean import CleanSettings
+from data_tools.clean import CleanSettings, added_columns
 from data_tools.decontaminate import DecontaminateSettings
 from data_tools.dedup.exact import ExactSettings
 from data_tools.dedup.near import NearSettings
 from data_tools.dedup.spans import SpanSettings
-from data_tools.filter import FilterSettings
+from data_tools.filter import FilterSettings, rules_of
 from data_tools.ingest import IngestSettings
 from data_tools.mix.buckets import BucketSettings
 from data_tools.mix.mixture import MixSettings
@@ -21,6 +21,7 @@ from data_tools.mix.search import SearchSettings
 from data_tools.tokenize_parts import TokenizeSettings
 from megalite.config.section import Section
 from megalite.config_file import load_toml
+from megalite.errors import DataError
 
 
 class Recipe(Section):
@@ -44,6 +45,13 @@ class Recipe(Section):
         for later in ("mix", "search"):
             if getattr(self, later) is not None and self.tokenize is None:
                 raise ValueError(f"{later}: there is nothing to mix without shards; add a [tokenize] table")
+        if self.filter is not None:
+            if self.clean is None:
+                raise ValueError("filter: nothing is measured to judge by; add a [clean] table")
+            try:
+                rules_of(self.filter, "[clean]", added_columns(self.clean))
+            except DataError as error:
+                raise ValueError(str(error)) from None
         return self
 
 

@@ -58,7 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(argv: Sequence[str] | None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes key=value only in one place; after an option they are left over.
+    is_setting = [not item.startswith("-") and "=" in item for item in rest]
+    if rest and (not hasattr(args, "settings") or not all(is_setting)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.settings = [*args.settings, *rest]
     if args.func is None:
         args.show_help()
         return 2

@@ -74,6 +74,7 @@ _COLUMNS = (
     "c4_sentences",
     "c4_long_lines",
 )
+COLUMNS = (*_COLUMNS, "c4_removed_chars", "c4_bad_words")
 _CHARS = len(LINE_RULES)  # from here by rule
 _LINES, _CITATIONS, _CITATION_CHARS, _LOREM_LINES, _CURLY, _SENTENCES, _LONG_LINES = range(
     2 * len(LINE_RULES), len(_COLUMNS)

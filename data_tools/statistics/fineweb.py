@@ -26,7 +26,7 @@ from data_tools.statistics.settings import StatisticsSettings
 from data_tools.statistics.words import count_words
 
 SHORT_LINE_CHARS = 30
-_SHARES = (
+COLUMNS = (
     "fineweb_terminal_lines",
     "fineweb_short_lines",
     "fineweb_duplicate_line_chars",
@@ -43,9 +43,9 @@ class FineWebStatistics:
     def __call__(self, batch: pa.RecordBatch, flow: Flow) -> pa.RecordBatch:
         """Shapes:  columns [rows]"""
         data, offsets = texts(batch.column("text"))
-        shares = np.zeros((batch.num_rows, len(_SHARES)))
+        shares = np.zeros((batch.num_rows, len(COLUMNS)))
         _measure(readonly(data), offsets, line_classes(), self._unicode_words, shares)
-        for number, name in enumerate(_SHARES):
+        for number, name in enumerate(COLUMNS):
             batch = with_column(batch, name, shares[:, number].astype(np.float32))
         return batch
 
@@ -58,7 +58,7 @@ def _measure(
     unicode_words: bool,
     shares: NDArray[np.float64],
 ) -> None:
-    """Fill shares [rows, _SHARES]."""
+    """Fill shares [rows, COLUMNS]."""
     for row in range(offsets.size - 1):
         start, stop = offsets[row], offsets[row + 1]
         num_words = count_words(data, start, stop, classes, unicode_words)

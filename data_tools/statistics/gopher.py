@@ -53,6 +53,7 @@ _SHARES = (
     *(f"gopher_top_{n}gram_chars" for n in TOP_NGRAMS),
     *(f"gopher_duplicate_{n}gram_chars" for n in DUPLICATE_NGRAMS),
 )
+COLUMNS = ("gopher_words", "gopher_stop_words", *_SHARES)
 _FIRST_NGRAM = _SHARES.index("gopher_top_2gram_chars")
 
 

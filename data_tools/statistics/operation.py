@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from data_tools.flow import Flow
+from data_tools.statistics import c4, fineweb, gopher
 from data_tools.statistics.c4 import C4Edit
 from data_tools.statistics.fineweb import FineWebStatistics
 from data_tools.statistics.gopher import GopherStatistics
@@ -30,6 +31,16 @@ class Statistics:
         for operation in self._operations:
             batch = operation(batch, flow)
         return batch
+
+
+def columns(settings: StatisticsSettings) -> list[str]:
+    """The names of the columns that are added."""
+    choice = (
+        (settings.gopher, gopher.COLUMNS),
+        (settings.c4, c4.COLUMNS),
+        (settings.fineweb, fineweb.COLUMNS),
+    )
+    return [name for is_on, names in choice if is_on for name in names]
 
 
 def fingerprints(settings: StatisticsSettings) -> list[str]:

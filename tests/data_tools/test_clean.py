@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from data_tools.clean import CleanSettings, run
+from data_tools.clean import CleanSettings, added_columns, run
 from data_tools.fasttext_model import FastTextModel
 from data_tools.flow import Flow
 from data_tools.quality import Quality, QualitySettings
@@ -53,6 +53,14 @@ def test_documents_are_cleaned_and_accounted_for(tmp_path: Path) -> None:
     assert flow.counters["pii: email"] == flow.counters["normalise: mojibake"] == 1
     assert again.to_json() == flow.to_json()
     assert read_report(tmp_path / "out")["step"] == "clean"
+
+
+def test_the_columns_that_are_added_are_known_beforehand(tmp_path: Path) -> None:
+    source = write_step(tmp_path / "in", PARTS)
+    with crew(tmp_path) as work:
+        run(CleanSettings(), source, tmp_path / "out", work)
+    before = {"id", "source", "text", "meta"}
+    assert set(added_columns(CleanSettings()).names) == set(rows_of(tmp_path / "out")[0]) - before
 
 
 def test_each_operation_can_be_left_out(tmp_path: Path) -> None:

@@ -1,0 +1,146 @@
+"""The whole recipe: the same bytes on any ranks and after any kill, and mistakes told beforehand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools.build import build
+from data_tools.recipe import load_recipe
+from data_tools.step import read_report
+from megalite.cli import main
+from megalite.config_file import load_toml, to_toml
+from megalite.data.shards import Dataset
+from megalite.errors import ConfigError, DataError
+from tests.data_tools.builds import recipe, write_corpus
+from tests.data_tools.corpora import crew
+
+ROOT = Path(__file__).parents[2]
+
+
+def builds(folder: Path, *what: str) -> dict[str, Any]:
+    """What `tests.data_tools.builds` found."""
+    command = [sys.executable, "-m", "tests.data_tools.builds", str(folder), *what]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_ranks_make_the_same_bytes_as_one_process(tmp_path: Path) -> None:
+    assert builds(tmp_path / "work", "ranks")["wrong"] == {"2": [], "4": []}
+
+
+@pytest.mark.slow
+def test_killed_anywhere_and_built_again_it_is_the_same(tmp_path: Path) -> None:
+    found = builds(tmp_path / "work", "kills", "79")
+    assert found["acts"] > 500  # that the acts are still seen
+    assert found["wrong"] == {}
+
+
+def test_every_document_is_accounted_for_and_the_shards_are_read(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "text")
+    out = tmp_path / "out"
+    with crew(out) as work:
+        page = build(recipe(tmp_path / "text", out), work)
+        assert page.exists()
+        with pytest.raises(DataError, match=r"no step 'taste'; it has ingest, clean, filter"):
+            build(recipe(tmp_path / "text", out), work, until="taste")
+    dropped = {}
+    for step in ("ingest", "filter", "exact", "near", "spans", "decontaminate"):
+        report = read_report(out / step)
+        for counts in report["sources"].values():
+            for reason, number in counts["dropped"].items():
+                dropped[f"{step} {reason}"] = number["documents"]
+    assert dropped == {
+        "ingest malformed JSON": 1,
+        "filter gopher_words": 1,
+        "exact exact duplicate": 1,
+        "near near duplicate": 1,
+        "spans too few words left": 1,
+        "decontaminate contaminated": 1,
+    }
+    groups = read_report(out / "tokenize")["groups"]
+    assert sum(group[half]["documents"] for group in groups.values() for half in ("train", "valid")) == 50
+    assert Dataset(out / "tokenize/data/web.q0/train").num_documents > 0
+    assert "data.mixture" in (out / "mix/data.toml").read_text()
+
+
+def test_a_changed_threshold_reads_the_statistics_again_and_measures_nothing(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "text")
+    out = tmp_path / "out"
+    first = recipe(tmp_path / "text", out)
+    with crew(out) as work:
+        build(first, work, until="filter")
+        before = (out / "clean/report.json").stat().st_mtime_ns, (out / "filter/report.json").read_text()
+        assert first.filter is not None
+        lower = first.filter.model_copy(update={"thresholds": {"gopher_words": (150.0, 1000.0)}})
+        build(first.model_copy(update={"filter": lower}), work, until="filter")
+    assert (out / "clean/report.json").stat().st_mtime_ns == before[0]
+    assert (out / "filter/report.json").read_text() != before[1]
+
+
+def write_recipe(path: Path, more: str) -> Path:
+    """A recipe file of one source with more in it."""
+    path.write_text(f'out = "out"\n[ingest]\nsources = [{{name = "web", path = "web.jsonl"}}]\n{more}\n')
+    return path
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("[neer]", r"unknown key neer; did you mean near\?"),
+        ("[near]\ntreshold = 0.7", r"unknown key near\.treshold; did you mean near\.threshold\? \(.*:5\)"),
+        ("[near]\nthreshold = 7", r"near\.threshold=7: should be less than or equal to 1"),
+        ("[clean.pii]\nemial = false", r"unknown key clean\.pii\.emial; did you mean clean\.pii\.email\?"),
+        (
+            "[clean]\n[filter.thresholds]\ngopher_wrods = [1, 2]",
+            r"gopher_wrods'; did you mean 'gopher_words'",
+        ),
+        ("[filter]", r"filter: .*add a \[clean\] table"),
+        ("[mix]", r"mix: there is nothing to mix without shards; add a \[tokenize\] table"),
+    ],
+)
+def test_a_misspelt_recipe_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, message: str
+) -> None:
+    path = write_recipe(tmp_path / "recipe.toml", more)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(path)
+    assert main(["data", "build", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_recipe_is_printed_as_it_is_read(tmp_path: Path) -> None:
+    found = load_recipe(ROOT / "configs/corpus.toml")
+    (tmp_path / "again.toml").write_text(to_toml(found))
+    assert load_toml(type(found), tmp_path / "again.toml") == found
+
+
+def test_one_step_at_a_time_is_the_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "text")
+    alone = ["--workers", "1"]
+    assert main(["data", "ingest", "text/web.jsonl", "text/plays", "--to", "a", *alone]) == 0
+    assert main(["data", "dedup", "near", "a", "--to", "b", "threshold=0.9", *alone]) == 0
+    assert main(["data", "tokenize", "b", "--to", "c", "tokenizer=byte", "valid_fraction=0.2", *alone]) == 0
+    assert main(["data", "mix", "c", "--to", "d", "seq_len=32", *alone]) == 0
+    assert "near: 37 → " in capsys.readouterr().out
+    assert main(["data", "verify", "c/data/web"]) == 0
+    for wrong, message in (
+        (["dedup", "near", "text", "--to", "x"], "text is not a finished step"),
+        (["dedup", "near", "a", "--to", "x", "threshold=abc"], "threshold='abc': should be"),
+        (["dedup", "near", "a", "--to", "x", "--rank", "1"], "--rank and --world go together"),
+        (["ingest", "gone.txt", "--to", "x"], "gone.txt"),
+        (["tokenize", "--to", "x"], "give either the folder of a step, or text with --text"),
+    ):
+        assert main(["data", *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
