@@ -107,10 +107,11 @@ def _add_build(commands: Any, add: Add) -> None:
     )
     parser = add(commands, "build", "run a recipe: raw text to shards", example)
     parser.description = _BUILD_HELP
-    parser.add_argument("recipe", type=Path, help="a TOML file; configs/corpus.toml is an example")
+    parser.add_argument("recipe", type=Path, nargs="?", help="a TOML file, such as configs/corpus.toml")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="e.g. near.threshold=0.7")
     parser.add_argument("--until", metavar="STEP", help="stop after this step")
     parser.add_argument("--dry-run", action="store_true", help="check the recipe and print it, defaults too")
+    parser.add_argument("--keys", action="store_true", help="list every setting with what it means")
     add_crew(parser)
     parser.set_defaults(func=_build)
 
@@ -137,9 +138,16 @@ def _add_step(commands: Any, add: Add, name: str, command: str, text: str, setti
 
 def _build(args: argparse.Namespace) -> int:
     from data_tools.build import build
-    from data_tools.recipe import load_recipe
-    from megalite.config_file import to_toml
+    from data_tools.mix.mixture import MIXTURE_FILE
+    from data_tools.recipe import Recipe, load_recipe
+    from megalite.config_file import describe_keys, to_toml
+    from megalite.errors import DataError
 
+    if args.keys:
+        print(describe_keys(Recipe))
+        return 0
+    if args.recipe is None:
+        raise DataError("no recipe named; configs/corpus.toml is an example, --keys lists all settings")
     recipe = load_recipe(args.recipe, args.settings)
     if args.dry_run:
         print(to_toml(recipe), end="")
@@ -148,6 +156,9 @@ def _build(args: argparse.Namespace) -> int:
         page = build(recipe, crew, args.until)
         if crew.is_first:
             print(f"{page} tells what became of every document")
+            if recipe.mix is not None and args.until in (None, "mix", "search"):
+                mixture = Path(recipe.out, "mix", MIXTURE_FILE)
+                print(f"train on it: megalite train CONFIG.toml data.mixture={mixture}")
     return 0
 
 

@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -111,18 +111,22 @@ def to_toml(config: BaseModel) -> str:
 
 
 def describe_keys(root: type[BaseModel] = Config) -> str:
-    """Every key with its default and meaning, one a line."""
+    """Every key with its default and meaning, one a line, under the header of its table."""
     lines = []
 
     def walk(section: type[BaseModel], prefix: str) -> None:
+        tables = []
         for key, field in section.model_fields.items():
-            inner = _section_type(root, [*prefix.split(".")[:-1], key])
-            if prefix == "" and inner is not root and field.description is None:
-                lines.append(f"\n[{key}]  {(inner.__doc__ or '').splitlines()[0]}")
-                walk(inner, f"{key}.")
+            inner = _section_type(section, [key])
+            if inner is not section:
+                tables.append((f"{prefix}{key}", field, inner))
                 continue
             default = "required" if field.is_required() else toml_value(field.default)
-            lines.append(f"  {prefix}{key:<{28 - len(prefix)}} {default:<12} {field.description}")
+            lines.append(f"  {key:<28} {default:<12} {field.description}")
+        for name, field, inner in tables:
+            header = f"[[{name}]]" if get_origin(field.annotation) in (list, tuple) else f"[{name}]"
+            lines.append(f"\n{header}  {field.description or (inner.__doc__ or '').splitlines()[0]}")
+            walk(inner, f"{name}.")
 
     walk(root, "")
     return "\n".join(lines)
