@@ -122,7 +122,7 @@ def describe_keys(root: type[BaseModel] = Config) -> str:
                 tables.append((f"{prefix}{key}", field, inner))
                 continue
             default = "required" if field.is_required() else toml_value(field.default)
-            lines.append(f"  {key:<28} {default:<12} {field.description}")
+            lines.append(f"  {prefix + key:<28} {default:<12} {field.description}")
         for name, field, inner in tables:
             header = f"[[{name}]]" if get_origin(field.annotation) in (list, tuple) else f"[{name}]"
             lines.append(f"\n{header}  {field.description or (inner.__doc__ or '').splitlines()[0]}")
