@@ -19,8 +19,6 @@ from typing import Any
 
 from data_tools.crew import Crew
 from data_tools.flow import Flow
-from data_tools.ingest import IngestSettings, SourceSettings
-from data_tools.ingest import step as ingest_step
 from data_tools.step import step_parts
 
 BATCH_BYTES = 8 << 20  # a row group's
@@ -33,9 +31,11 @@ def parts_of(path: Path) -> Path:
 
 def ingest(path: Path, folder: Path) -> None:
     """Read the file into parts."""
+    from data_tools.ingest import IngestSettings, SourceSettings, step
+
     settings = IngestSettings(sources=(SourceSettings(name="corpus", path=str(path)),))
     with Crew(folder, workers=1) as crew:
-        ingest_step.run(settings, folder, crew)
+        step.run(settings, folder, crew)
 
 
 # --- near-duplicates ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Classes follow this Python's `unicodedata`, whose version is part of what a step
 
 from __future__ import annotations
 
+import re
 import sys
 import unicodedata
 from functools import cache
@@ -48,15 +49,16 @@ _UNSPACED = (
 @cache
 def character_classes() -> NDArray[np.uint8]:
     """The classes of every code point as a sum of the constants above, uint8 [0x110000]."""
-    table = np.zeros(sys.maxunicode + 1, dtype=np.uint8)
-    majors = {"L": LETTER | WORD, "N": NUMBER | WORD, "M": MARK | WORD, "P": PUNCTUATION}
-    for code, character in enumerate(map(chr, range(sys.maxunicode + 1))):
-        bits = majors.get(unicodedata.category(character)[0], 0)
-        if character.isspace():
-            bits |= SPACE
-        if bits & LETTER and character.lower() != character:
-            bits |= UPPER
-        table[code] = bits
+    codes = np.arange(sys.maxunicode + 1, dtype="<u4")
+    every = codes.tobytes().decode("utf-32-le", "surrogatepass")
+    categories = np.frombuffer("".join(map(unicodedata.category, every)).encode(), dtype=np.uint8)
+    bits = np.zeros(128, dtype=np.uint8)
+    for major, is_of in (("L", LETTER | WORD), ("N", NUMBER | WORD), ("M", MARK | WORD), ("P", PUNCTUATION)):
+        bits[ord(major)] = is_of
+    table = bits[categories[::2]]
+    table[[match.start() for match in re.finditer(r"\s", every)]] |= SPACE
+    letters = np.flatnonzero(table & LETTER).tolist()
+    table[[code for code in letters if every[code].lower() != every[code]]] |= UPPER
     table[ord("_")] |= WORD
     for first, last in _UNSPACED:
         here = table[first : last + 1]
