@@ -126,6 +126,7 @@ def test_no_text(tmp_path):
         list(Corpus([tmp_path]))
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_enough_text():
     corpus = Corpus([STDLIB])
     assert corpus.estimate_bytes() > 8e6

@@ -32,6 +32,7 @@ def builds(folder: Path, *what: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_ranks_make_the_same_bytes_as_one_process(tmp_path: Path) -> None:
     assert builds(tmp_path / "work", "ranks")["wrong"] == {"2": [], "4": []}
 

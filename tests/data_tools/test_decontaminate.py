@@ -83,6 +83,7 @@ def plain(
     return left, {f"line {number + 1}": count for number, count in hits.items() if count}
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(cases(), st.sampled_from(["drop", "cut"]), st.sampled_from([0.0, 0.5]))
 def test_what_is_left_is_what_sets_of_ngrams_leave(case: Any, mode: str, share: float) -> None:

@@ -122,6 +122,7 @@ def test_ranks_kills_and_little_memory_change_nothing(
     assert files_of(killed) == expected
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(tmp_path: Path, source: Path) -> None:
     for workers in (1, 2):
         with crew(tmp_path / str(workers), workers) as hands:

@@ -159,6 +159,7 @@ with Crew(out, workers=1) as crew:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_the_same_bytes_after_a_kill(tmp_path: Path, mixed: list[dict[str, Any]]) -> None:
     ingest(tmp_path / "whole", mixed[0])

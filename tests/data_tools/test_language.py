@@ -67,6 +67,7 @@ def sample() -> list[str]:
     return rows
 
 
+@pytest.mark.slow
 def test_it_is_py3langid(ours: Language, theirs: LanguageIdentifier) -> None:
     everything = Language(LanguageSettings(max_bytes=0))
     rows = sample()

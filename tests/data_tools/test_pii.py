@@ -198,7 +198,8 @@ def test_all_kinds_are_found_among_each_other() -> None:
         assert masked(joint.join(text for text, _ in pieces)) == joint.join(mask for _, mask in pieces)
 
 
-@settings(deadline=None, max_examples=300)
+@pytest.mark.slow
+@settings(deadline=None, max_examples=150)
 @given(
     st.lists(st.text("0123456789@.:+-() /aAbB_=<>é", max_size=30), max_size=4),
     st.integers(0, 1 << 32),

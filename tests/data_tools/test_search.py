@@ -171,6 +171,7 @@ def test_mistakes(tokenized: Path, monkeypatch: pytest.MonkeyPatch, more: dict[s
         look(tokenized, Proxies(surface), monkeypatch, **more)
 
 
+@pytest.mark.slow
 def test_a_real_proxy_learns_what_it_is_given(tokenized: Path) -> None:
     proxy = ProxySettings(
         hidden_size=32, num_layers=1, seq_len=32, steps=40, lr=1e-2, overrides=("train.z_loss=0.0",)
