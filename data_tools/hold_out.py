@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from data_tools.documents import read_part
 from data_tools.ingest import TextDocument
@@ -151,3 +153,13 @@ def _folder_name(name: str) -> str:
             f"source {name[:60]!r} … makes a folder's name of {len(safe)} bytes; at most {MAX_GROUP_BYTES}"
         )
     return safe
+
+
+def unigram_entropy(train: NDArray[np.int64], valid: NDArray[np.int64]) -> float:
+    """Mean of −log p over the held-out tokens, in nats, with p the training tokens' add-one frequencies.
+
+    The loss of a model that knows how often tokens occur and no more. Both are counts [vocab_size].
+    """
+    smoothed = train + 1
+    nats = np.log(smoothed.sum()) - np.log(smoothed)
+    return float((valid * nats).sum() / valid.sum())

@@ -23,7 +23,7 @@ from data_tools.bpe import Encoded
 from data_tools.documents import read_part, texts
 from data_tools.encoding import Encoder, SampleCheck, build_encoder
 from data_tools.flow import EXAMPLES, KEPT, Flow
-from data_tools.hold_out import BUCKET, Split, group_names
+from data_tools.hold_out import BUCKET, Split, group_names, unigram_entropy
 from megalite.data.folder import disk_errors
 from megalite.data.staging import fsync
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
@@ -94,16 +94,6 @@ def join_group(recipe: Recipe, group: str, pieces: Mapping[str, Sequence[str]]) 
                 frequency[kind] += np.fromfile(_counts_file(part), np.int64)
     has_both = all(counts.any() for counts in frequency.values())
     return {"unigram_entropy": unigram_entropy(frequency[TRAIN], frequency[VALID]) if has_both else None}
-
-
-def unigram_entropy(train: NDArray[np.int64], valid: NDArray[np.int64]) -> float:
-    """Mean of −log p over the held-out tokens, in nats, with p the training tokens' add-one frequencies.
-
-    The loss of a model that knows how often tokens occur and no more. Both are counts [vocab_size].
-    """
-    smoothed = train + 1
-    nats = np.log(smoothed.sum()) - np.log(smoothed)
-    return float((valid * nats).sum() / valid.sum())
 
 
 @lru_cache(maxsize=1)

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.hold_out import hold_out, place
+from data_tools.hold_out import hold_out, place, unigram_entropy
 from data_tools.ingest import TextDocument
-from data_tools.pieces import unigram_entropy
 from megalite.data.folder import disk_errors
 from megalite.data.staging import clear_leftovers, commit_folder
 from megalite.data.tokenizer import Tokenizer

@@ -198,3 +198,19 @@ def test_stats_count_what_reading_finds(tmp_path, capsys):
     }
     assert (source["tokens"], source["longest"]) == (sum(lengths), max(lengths))
     assert source["loss_tokens"] == source["tokens"]
+
+
+def test_text_becomes_shards_without_any_extra_but_tokenizers(tmp_path: Path) -> None:
+    # What launch/quickstart installs. A module that is None in sys.modules cannot be imported.
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys(["numba", "ftfy", "py3langid", "resiliparse", "tiktoken", "datasets"]))
+from megalite.cli import main
+sys.exit(main(["data", "tokenize", "--text", {str(tmp_path / "text")!r}, "--to", {str(tmp_path / "data")!r}]))
+"""
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        (tmp_path / f"text/{number}.md").write_text(f"Some words, {number} of them, and more of these. " * 20)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data/train/manifest.json").exists()
