@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +54,7 @@ def part_columns(path: Path) -> list[str]:
 def write_piece(recipe: Recipe, name: str, paths: Sequence[Path]) -> dict[str, Any]:
     """Encode parts and write one piece. Returns its flow, its counts by group, and what the check found."""
     folder = recipe.folder / PIECES / name
-    tokenizer, encoder = _at_work(recipe.folder / TOKENIZER, recipe.fingerprint, recipe.engine)
+    tokenizer, encoder = _at_work(recipe.folder / TOKENIZER, recipe.fingerprint, recipe.engine, get_ident())
     check = SampleCheck(tokenizer, encoder, recipe.engine)
     flow = Flow()
     examples: list[str] = []
@@ -96,9 +97,9 @@ def join_group(recipe: Recipe, group: str, pieces: Mapping[str, Sequence[str]]) 
     return {"unigram_entropy": unigram_entropy(frequency[TRAIN], frequency[VALID]) if has_both else None}
 
 
-@lru_cache(maxsize=1)
-def _at_work(folder: Path, fingerprint: str, engine: str) -> tuple[Tokenizer, Encoder]:
-    """One encoder a process; it remembers from task to task. The fingerprint tells other content apart."""
+@lru_cache(maxsize=2)
+def _at_work(folder: Path, fingerprint: str, engine: str, thread: int) -> tuple[Tokenizer, Encoder]:
+    """One encoder a thread, for it remembers from task to task. The fingerprint tells other content apart."""
     tokenizer = load_tokenizer(folder)
     return tokenizer, build_encoder(tokenizer, engine)
 
