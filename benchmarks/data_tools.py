@@ -12,7 +12,7 @@ Each contender is a process of its own, start-up and imports included, rounds go
 contenders. Counted are processor time of the process and its children (which a busy machine disturbs less
 than time), time, and peak memory; figures are medians over rounds. Our loops are compiled before, and read
 from disk as imports are. "then" is the rate after start-up: what a run on 300 documents takes, and those
-documents, are taken off. Slow peers run once, on a quarter or an eighth of the documents.
+documents, are taken off. Slow peers run once, most of them on a quarter or an eighth of the documents.
 
 near       near-duplicates, 112 hashes in 14 bands of five-word shingles; removals are written or applied.
            Ours compares candidates exactly and removes from 0.8 on; the peers remove every candidate
@@ -46,11 +46,12 @@ WARM_DOCUMENTS = 300
 
 
 class Contender(NamedTuple):
-    """What is run: a function of a script, on a file of the corpus; once if that is not all of it."""
+    """What is run: a function of a script, on a file of the corpus, a slow one once and not every round."""
 
     script: str
     function: str
     corpus: str = "all"
+    once: bool = False
 
 
 CONTENDERS = {
@@ -58,18 +59,25 @@ CONTENDERS = {
     "near megalite from jsonl": Contender(OURS, "near_jsonl"),
     "near rensa": Contender(PEERS, "near_rensa"),
     "near datasketch": Contender(PEERS, "near_datasketch"),
-    "near datatrove": Contender(PEERS, "near_datatrove", "quarter"),
+    "near datatrove": Contender(PEERS, "near_datatrove", "quarter", once=True),
     "filters megalite": Contender(OURS, "filters_alone"),
     "filters megalite from jsonl": Contender(OURS, "filters_jsonl"),
-    "filters datatrove": Contender(PEERS, "filters_datatrove", "eighth"),
-    "filters dolma": Contender(PEERS, "filters_dolma", "quarter"),
+    "filters datatrove": Contender(PEERS, "filters_datatrove", "eighth", once=True),
+    "filters dolma": Contender(PEERS, "filters_dolma", "quarter", once=True),
     "tokenize megalite encoder": Contender(OURS, "tokenize_encoder"),
     "tokenize megalite step": Contender(OURS, "tokenize_parts"),
     "tokenize tiktoken": Contender(PEERS, "tokenize_tiktoken"),
-    "tokenize tokenizers": Contender(PEERS, "tokenize_tokenizers"),
+    "tokenize tokenizers": Contender(PEERS, "tokenize_tokenizers", once=True),
     "recipe megalite": Contender(OURS, "recipe_default"),
-    "recipe megalite, none filtered": Contender(OURS, "recipe_keeping"),
-    "recipe datatrove": Contender(PEERS, "recipe_datatrove", "eighth"),
+    "recipe megalite, none filtered": Contender(OURS, "recipe_keeping", once=True),
+    "recipe datatrove": Contender(PEERS, "recipe_datatrove", "eighth", once=True),
+}
+# What the peers of a task are compared with.
+BASES = {
+    "near": "near megalite from jsonl",
+    "filters": "filters megalite from jsonl",
+    "tokenize": "tokenize megalite encoder",
+    "recipe": "recipe megalite",
 }
 HEADS = ("MB", "CPU-s", "MB/CPU-s", "then", "ours x", "MB/s", "peak MiB")
 WIDTHS = (8, 9, 10, 8, 8, 8, 10)
@@ -158,7 +166,7 @@ def measure(bench: Bench, names: list[str], rounds: int, megabytes: dict[str, fl
         for number in range(rounds):
             for name in mine:
                 contender = CONTENDERS[name]
-                if name in left_out or (number and contender.corpus != "all"):
+                if name in left_out or (number and contender.once):
                     continue
                 print(f"round {number + 1}: {name}", file=sys.stderr, flush=True)
                 result = bench.run(contender, bench.root / contender.function)
@@ -211,23 +219,21 @@ def judge(bench: Bench, names: Iterable[str], results: dict[str, Any]) -> None:
             results[name]["found"] = found[str(file)]
 
 
+def compare(results: dict[str, Any]) -> None:
+    """Add how many times as fast ours is, start-up included; it too begins with the file of JSON lines."""
+    for name, result in results.items():
+        if ours := results.get(BASES[name.split()[0]]):
+            result["ours_to_this"] = round(ours["mb_per_cpu_s"] / result["mb_per_cpu_s"], 2)
+
+
 def table(results: dict[str, Any], left_out: dict[str, str]) -> None:
-    """Print it. `ours x`: how many times as fast ours from jsonl, or the encoder, or the recipe is."""
-    base = {
-        "near": "near megalite from jsonl",
-        "filters": "filters megalite from jsonl",
-        "tokenize": "tokenize megalite encoder",
-        "recipe": "recipe megalite",
-    }
+    """Print all."""
     print(" " * 31 + "".join(f"{head:>{width}}" for head, width in zip(HEADS, WIDTHS, strict=True)))
     for name, r in results.items():
-        ours = results.get(base[name.split()[0]])
-        r["ours_to_this"] = round(ours["mb_per_cpu_s"] / r["mb_per_cpu_s"], 2) if ours else None
-        ratio = f"{r['ours_to_this']:.2f}" if ours else "-"
-        values = (r["mb"], r["cpu_s"], r["mb_per_cpu_s"], ratio, r["mb_per_s"], r["peak_mib"])
-        print(
-            f"{name:31}" + "".join(f"{value:>{width}}" for value, width in zip(values, WIDTHS, strict=True))
-        )
+        ratio = r.get("ours_to_this", "-")
+        rates = (r["mb"], r["cpu_s"], r["mb_per_cpu_s"], r["mb_per_cpu_s_after_start"])
+        columns = zip((*rates, ratio, r["mb_per_s"], r["peak_mib"]), WIDTHS, strict=True)
+        print(f"{name:31}" + "".join(f"{value:>{width}}" for value, width in columns))
         if found := r.get("found"):
             recall = ", ".join(f"{key} {value:.3f}" for key, value in found["recall"].items())
             print(f"{'':31}  recall by Jaccard: {recall}")
@@ -272,11 +278,12 @@ def main() -> None:
         measured = measure(bench, names, args.rounds, megabytes)
         results = measured["contenders"]
         judge(bench, results, results)
-        table(results, measured["left_out"])
+        compare(results)
     if args.out:
         machine = f"{processor()}, shared with other work (load {load:.1f} to {os.getloadavg()[0]:.1f})"
         head = {"machine": machine, "text_mb": {name: round(mb, 1) for name, mb in megabytes.items()}}
         args.out.write_text(json.dumps({**head, "rounds": args.rounds, **measured}, indent=1) + "\n")
+    table(results, measured["left_out"])
 
 
 if __name__ == "__main__":
