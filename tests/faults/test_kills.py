@@ -106,13 +106,17 @@ def test_kill_at_some_lines(name: str, tmp_path: Path) -> None:
 
 
 # The fewest points of each scenario: a tracer that went blind must not pass.
-POINTS = {"save": 180, "delete": 100, "behind": 140, "load": 90}
+POINTS = {"save": 120, "delete": 85, "behind": 80, "load": 45}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_kill_at_every_line(name: str, tmp_path: Path) -> None:
-    cases = list(every_point(SCENARIOS[name], tmp_path))
+    # A line that both ranks run is met on one of them, by turns.
+    by_line: dict[tuple[str, int], list[tuple[Point, int]]] = {}
+    for point, rank in every_point(SCENARIOS[name], tmp_path):
+        by_line.setdefault(point[:2], []).append((point, rank))
+    cases = [met[number % len(met)] for number, met in enumerate(by_line.values())]
     assert len(cases) >= POINTS[name]
     for point, rank in cases:
         kill_at(SCENARIOS[name], point, rank, tmp_path / "template", tmp_path / "run" / "checkpoints")
