@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import shutil
 import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +21,51 @@ from megalite.cli import main
 from megalite.config_file import load_toml, to_toml
 from megalite.data.shards import Dataset
 from megalite.errors import ConfigError, DataError
+from tests import early
 from tests.data_tools.builds import recipe, write_corpus
 from tests.data_tools.corpora import crew
 
 ROOT = Path(__file__).parents[2]
 
 
-def builds(folder: Path, *what: str) -> dict[str, Any]:
+_builds: dict[str, Future[early.Done]] = {}
+
+
+def begin_early(items: Sequence[pytest.Function]) -> None:
+    """Both long looks, if they were asked for."""
+    asked = {item.name for item in items}
+    for name, what in (
+        ("test_ranks_make_the_same_bytes_as_one_process", ["ranks"]),
+        ("test_killed_anywhere_and_built_again_it_is_the_same", ["kills", "149"]),
+    ):
+        if name in asked:
+            folder = Path(tempfile.mkdtemp(prefix="megalite-builds-"))
+            _builds[name] = early.begin(
+                [sys.executable, "-m", "tests.data_tools.builds", folder / "work", *what]
+            )
+            _builds[name].add_done_callback(partial(_clear, folder))
+
+
+def _clear(folder: Path, _: object) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def found_by(name: str) -> dict[str, Any]:
     """What `tests.data_tools.builds` found."""
-    command = [sys.executable, "-m", "tests.data_tools.builds", str(folder), *what]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
+    done = _builds[name].result()
+    assert done.returncode == 0, done.stdout[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 @pytest.mark.slow
-def test_ranks_make_the_same_bytes_as_one_process(tmp_path: Path) -> None:
-    assert builds(tmp_path / "work", "ranks")["wrong"] == {"2": [], "4": []}
+def test_ranks_make_the_same_bytes_as_one_process(request: pytest.FixtureRequest) -> None:
+    assert found_by(request.node.name)["wrong"] == {"2": [], "4": []}
 
 
 @pytest.mark.slow
-def test_killed_anywhere_and_built_again_it_is_the_same(tmp_path: Path) -> None:
-    found = builds(tmp_path / "work", "kills", "79")
+def test_killed_anywhere_and_built_again_it_is_the_same(request: pytest.FixtureRequest) -> None:
+    found = found_by(request.node.name)
     assert found["acts"] > 500  # that the acts are still seen
     assert found["wrong"] == {}
 
