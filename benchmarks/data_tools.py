@@ -3,7 +3,7 @@
     python benchmarks/data_tools.py --text DIR --gpt2 DIR                      everything that is ours
     python benchmarks/data_tools.py … --peers PYTHON                           with the peers that PYTHON has
     python benchmarks/data_tools.py … --only 'near*' --mb 20 --rounds 1        some, on less text
-    python benchmarks/data_tools.py … --out FILE                               the figures as JSON
+    python benchmarks/data_tools.py … --out FILE    the figures as JSON; there, those not run anew stay
 
 DIR of --text has *.jsonl with a "text" a line, DIR of --gpt2 GPT-2's encoder.json and vocab.bpe. The corpus
 is --mb megabytes drawn from them by hash, and 2,400 duplicates of known similarity planted in it.
@@ -282,7 +282,10 @@ def main() -> None:
     if args.out:
         machine = f"{processor()}, shared with other work (load {load:.1f} to {os.getloadavg()[0]:.1f})"
         head = {"machine": machine, "text_mb": {name: round(mb, 1) for name, mb in megabytes.items()}}
-        args.out.write_text(json.dumps({**head, "rounds": args.rounds, **measured}, indent=1) + "\n")
+        before = json.loads(args.out.read_text()) if args.out.exists() else {}
+        contenders = {**before.get("contenders", {}), **results}
+        figures = {**head, "rounds": args.rounds, "left_out": measured["left_out"], "contenders": contenders}
+        args.out.write_text(json.dumps(figures, indent=1) + "\n")
     table(results, measured["left_out"])
 
 
