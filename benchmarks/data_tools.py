@@ -204,8 +204,8 @@ def judge(bench: Bench, names: Iterable[str], results: dict[str, Any]) -> None:
         folder = bench.root / contender.function
         if (folder / "kept.txt").exists():
             by_corpus.setdefault(contender.corpus, []).append(name)
-        if (folder / "tokens.bin").exists() and "tokenize tiktoken" in results:
-            other = bench.root / "tokenize_tiktoken" / "tokens.bin"
+        other = bench.root / CONTENDERS["tokenize tiktoken"].function / "tokens.bin"
+        if (folder / "tokens.bin").exists() and other.exists() and folder != other.parent:
             results[name]["documents_unlike_tiktoken"] = bench.ask("tokens", folder / "tokens.bin", other)
         if (folder / "steps.json").exists():
             steps = json.loads((folder / "steps.json").read_text())

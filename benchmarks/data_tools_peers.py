@@ -32,10 +32,11 @@ def write_kept(folder: Path, ids: Iterable[str]) -> None:
     (folder / "kept.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
 
 
-def shingles(text: str) -> set[bytes]:
-    """Five-word shingles by Python's own means, for packages that leave them to their user."""
+def shingles(text: str) -> list[str]:
+    """Five-word shingles by the fastest of Python's own means, for packages that leave them to their user."""
     words = re.findall(r"\w+", text.lower())
-    return {" ".join(words[n : n + SHINGLE]).encode() for n in range(max(1, len(words) - SHINGLE + 1))}
+    in_a_row = zip(*(words[n:] for n in range(SHINGLE)), strict=False)
+    return list(map(" ".join, in_a_row)) or [" ".join(words)]
 
 
 # --- near-duplicates ----------------------------------------------------------------------------------------
@@ -77,9 +78,9 @@ def near_rensa(path: Path, folder: Path) -> None:
     write_greedily(path, folder, lsh, lambda parts: _rensa(RMinHash, parts))
 
 
-def _rensa(kind: Any, parts: set[bytes]) -> Any:
+def _rensa(kind: Any, parts: list[str]) -> Any:
     made = kind(num_perm=NUM_HASHES, seed=42)
-    made.update([part.decode() for part in sorted(parts)])
+    made.update(parts)
     return made
 
 
@@ -97,15 +98,15 @@ def near_datasketch(path: Path, folder: Path) -> None:
         def insert(self, key: int, made: Any) -> None:
             self._inner.insert(key, made)
 
-    def minhash(parts: set[bytes]) -> Any:
+    def minhash(parts: list[str]) -> Any:
         made = MinHash(num_perm=NUM_HASHES)
-        made.update_batch(sorted(parts))
+        made.update_batch([part.encode() for part in parts])
         return made
 
     write_greedily(path, folder, Lsh(), minhash)
 
 
-def write_greedily(path: Path, folder: Path, lsh: Any, minhash: Callable[[set[bytes]], Any]) -> None:
+def write_greedily(path: Path, folder: Path, lsh: Any, minhash: Callable[[list[str]], Any]) -> None:
     """Keep each document that has no candidate among those kept before it."""
     kept = []
     with (folder / "out.jsonl").open("w", encoding="utf-8") as out:
@@ -159,19 +160,20 @@ def filters_dolma(path: Path, folder: Path) -> None:
 
 
 def tokenize_tiktoken(path: Path, folder: Path) -> None:
-    """GPT-2 by tiktoken, from FOLDER/gpt2.tiktoken."""
+    """GPT-2 by tiktoken, from its ranks, by the fastest of its ways."""
     import numpy as np
     from tiktoken import Encoding
     from tiktoken.load import load_tiktoken_bpe
 
-    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
     ranks = load_tiktoken_bpe(os.environ["RANKS"])
     encoding = Encoding(
         "gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
     )
     with (folder / "tokens.bin").open("wb") as out:
         for document in documents(path):
-            out.write(np.array([*encoding.encode_ordinary(document["text"]), 50256], np.uint16).tobytes())
+            ids = encoding.encode_to_numpy(document["text"], disallowed_special=())
+            out.write(np.append(ids, 50256).astype(np.uint16).tobytes())
 
 
 def tokenize_tokenizers(path: Path, folder: Path) -> None:

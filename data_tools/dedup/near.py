@@ -54,6 +54,7 @@ from megalite.errors import DataError
 KIND = "near-dedup"
 VERSION = 1
 REASON = "near duplicate"
+_AT_ONCE = 1 << 20  # rows written, for what is held beside them
 _HEAD = 4  # words before a set: the document's address, bytes, rank as float64 bits, and the set's size
 
 
@@ -222,9 +223,11 @@ def _write_components(
     # Whole components to buckets, in order, so that each bucket has about as many documents.
     sizes = np.bincount(parents, minlength=len(parents))
     starts = np.cumsum(sizes) - sizes
-    chosen = starts[parents] * buckets // max(len(candidates), 1)
     with ShuffleWriter(shuffle / "components" / "once.bin", parts) as writer:
-        writer.write(part_of(candidates), np.stack([candidates, chosen.astype(np.uint64)], axis=1))
+        for first in range(0, len(candidates), _AT_ONCE):
+            some = candidates[first : first + _AT_ONCE]
+            chosen = starts[parents[first : first + _AT_ONCE]] * buckets // len(candidates)
+            writer.write(part_of(some), np.stack([some, chosen.astype(np.uint64)], axis=1))
     return {"candidates": len(candidates), "components": int((sizes > 0).sum()), "buckets": buckets}
 
 
