@@ -18,7 +18,7 @@ near       near-duplicates, 112 hashes in 14 bands of five-word shingles; remova
            Ours compares candidates exactly and removes from 0.8 on; the peers remove every candidate
 filters    Gopher's, C4's and FineWeb's statistics of every document; dolma has no FineWeb rules
 tokenize   GPT-2's ids; all streams are compared with tiktoken's
-recipe     from the file to tokens. datatrove's has no language identification and no repeated spans
+recipe     from the file to tokens. datatrove's has no language, exact dedup or repeated spans
 
 Peers: datatrove and spacy, dolma, rensa, datasketch, tiktoken, tokenizers.
 """
