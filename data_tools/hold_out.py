@@ -1,5 +1,7 @@
 """Which documents are held out: a function of their names alone, so a corpus that grows keeps its split.
 
+Documents that repeat each other by their making, a module and its docstrings, are one family: all or none.
+
 `hold_out` does it for a stream. For parts, which many processes read, the groups of documents are counted
 first: `survey` one part, `exceptions` of all, and then each document is decided by itself.
 """
@@ -16,14 +18,13 @@ from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_tools.documents import read_part
+from data_tools.documents import BUCKET, read_part, read_schema
 from data_tools.ingest import TextDocument
+from data_tools.ingest.stdlib import family_of
 from megalite.errors import DataError
 
-BUCKET = "bucket"  # a column that divides the documents of a source
 MAX_GROUPS = 512  # each has open files in every task
 MAX_GROUP_BYTES = 200  # it names a folder
 
@@ -37,8 +38,8 @@ def place(source: str, name: str, purpose: str = "held out") -> float:
 def hold_out(documents: Iterable[TextDocument], fraction: float) -> Iterator[tuple[TextDocument, bool]]:
     """Each document with whether it is held out: about `fraction` of them, at least one.
 
-    A document is held out if the hash of its id (or family) falls below `fraction`. Documents are kept
-    back until the first such one; a corpus too small to have one holds out the one nearest to it.
+    A document is held out if the hash of its family falls below `fraction`. Documents are kept back until
+    the first such one; a corpus too small to have one holds out the family nearest to it.
 
     Raises:  DataError if the fraction is not between 0 and 1 or there is only one document
     """
@@ -54,13 +55,13 @@ def hold_out(documents: Iterable[TextDocument], fraction: float) -> Iterator[tup
             break
     if len(head) == 1:
         raise DataError("one document cannot be split into training and held-out text; give at least two")
-    first = min(head, key=_place_of, default=None)
     for document in chain(head, stream):
-        yield document, document is first or _place_of(document) < fraction
+        where = _place_of(document)
+        yield document, where < fraction or where == nearest
 
 
 def _place_of(document: TextDocument) -> float:
-    return place(document.source, document.family or document.doc_id)
+    return place(document.source, family_of(document.doc_id))
 
 
 def group_names(batch: pa.RecordBatch) -> list[str]:
@@ -83,14 +84,14 @@ class Split(NamedTuple):
 
     def is_held_out(self, group: str, source: str, doc_id: str) -> bool:
         """Whether a document is held out."""
-        special = self.exceptions[group].get(doc_id)
-        return place(source, doc_id) < self.fraction if special is None else special
+        family = family_of(doc_id)
+        special = self.exceptions[group].get(family)
+        return place(source, family) < self.fraction if special is None else special
 
 
 def survey(path: Path, fraction: float) -> dict[str, Any]:
-    """Of every group in a part: documents, those held out, and the ids nearest to and farthest from it."""
-    has_buckets = BUCKET in pq.read_schema(path).names
-    columns = ["id", "source", *([BUCKET] if has_buckets else [])]
+    """Of every group in a part: documents, those held out, and the families nearest and farthest from it."""
+    columns = ["id", "source", *([BUCKET] if BUCKET in read_schema(path).names else [])]
     found: dict[str, dict[str, Any]] = {}
     for batch in read_part(path, columns):
         rows = zip(
@@ -100,7 +101,8 @@ def survey(path: Path, fraction: float) -> dict[str, Any]:
             strict=True,
         )
         for group, source, doc_id in rows:
-            where = (place(source, doc_id), doc_id)
+            family = family_of(doc_id)
+            where = (place(source, family), family)
             mine = found.setdefault(
                 group, {"documents": 0, "held": 0, "nearest": list(where), "farthest": list(where)}
             )
@@ -112,7 +114,7 @@ def survey(path: Path, fraction: float) -> dict[str, Any]:
 
 
 def exceptions(surveys: Iterable[dict[str, Any]]) -> dict[str, dict[str, bool]]:
-    """By group and id, documents that are held out though far, or not though near.
+    """By group and family, documents that are held out though far, or not though near.
 
     Raises:  DataError if there are more groups than MAX_GROUPS, or no documents at all
     """

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from data_tools.hold_out import hold_out, place, unigram_entropy
 from data_tools.ingest import TextDocument
+from data_tools.ingest.stdlib import family_of
 from megalite.data.folder import disk_errors
 from megalite.data.staging import clear_leftovers, commit_folder
 from megalite.data.tokenizer import Tokenizer
@@ -150,7 +151,7 @@ def sample_texts(documents: Iterable[TextDocument], valid_fraction: float, sampl
             continue
         heapq.heappush(
             chosen,
-            (-place(document.source, document.family or document.doc_id, "sample"), number, document.text),
+            (-place(document.source, family_of(document.doc_id), "sample"), number, document.text),
         )
         size += len(document.text)
         while len(chosen) > 1 and size - len(chosen[0][2]) >= sample_chars:

@@ -45,15 +45,11 @@ _COUNTED_AS = {
 
 
 class TextDocument(NamedTuple):
-    """One document of text; `doc_id` is stable between runs and free of machine paths.
-
-    Documents that repeat parts of each other share a `family`, so that none is held out alone.
-    """
+    """One document of text; `doc_id` is stable between runs and free of machine paths."""
 
     doc_id: str
     source: str
     text: str
-    family: str | None = None
 
 
 @dataclass
@@ -122,8 +118,7 @@ class Corpus:
                     seen.add(digest)
                     counts.documents += 1
                     counts.text_bytes += len(document.text)
-                    family = (document.meta or {}).get("family") if piece.kind == "stdlib" else None
-                    yield TextDocument(document.doc_id, source.name, document.text.decode(), family)
+                    yield TextDocument(document.doc_id, source.name, document.text.decode())
                     if self._max_bytes is not None and counts.text_bytes >= self._max_bytes:
                         return
             if counts.documents + counts.duplicates == before:

@@ -15,6 +15,7 @@ from data_tools.ingest.text import read_text
 
 STDLIB = "python-stdlib"
 TOPICS = "topics"  # the language reference that pydoc carries
+DOCSTRINGS = "#docstrings"  # ends the id of a module's prose, which its source repeats
 
 # What is not the library, and tables: megabytes of near-identical lines without language.
 _LEFT_OUT = ("site-packages/", "dist-packages/", "pydoc_data/", "encodings/", "lib2to3/tests/data/")
@@ -40,13 +41,18 @@ def read_topics() -> Iterator[Found]:
 
 
 def read_stdlib(path: Path, name: str, source: SourceSettings) -> Iterator[Found]:
-    """A source file, and the prose of its docstrings as another document of its family."""
+    """A source file, and the prose of its docstrings as another document."""
     for found in read_text(path, name, source):
         yield found
         if isinstance(found, Document) and not _TESTS.intersection(name.split("/")):
             prose = docstrings(found.text.decode())
             if prose and not prose.isspace():
-                yield Document(f"{name}#docstrings", prose.encode(), {"family": name})
+                yield Document(f"{name}{DOCSTRINGS}", prose.encode())
+
+
+def family_of(doc_id: str) -> str:
+    """What documents that repeat parts of each other share, so that none is held out alone: a name."""
+    return doc_id.removesuffix(DOCSTRINGS)
 
 
 def docstrings(source: str) -> str:

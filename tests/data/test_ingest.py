@@ -164,9 +164,11 @@ def test_held_out_documents(tmp_path):
     for fraction in (0.0, 1.0, -1.0):
         with pytest.raises(DataError, match="between 0 and 1"):
             list(hold_out(documents(3), fraction))
-    family = [TextDocument(f"x{n}", "s", "t", family="one") for n in range(50)]
-    split = list(hold_out([*documents(50), *family], 0.3))
-    assert len({is_held_out for d, is_held_out in split if d.family}) == 1
+    for fraction in (0.3, 1e-9):  # a module and its docstrings, on one side
+        modules = [TextDocument(f"x{n // 2}{'#docstrings' * (n % 2)}", "s", "t") for n in range(200)]
+        split = [is_held_out for _, is_held_out in hold_out(modules, fraction)]
+        assert split[::2] == split[1::2]
+        assert len(set(split)) == 2
 
 
 def test_a_tokenizer_sees_no_held_out_text():

@@ -256,7 +256,7 @@ def test_the_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(step, "list_source", lambda _: plan.Listing(chosen))
     ingest(tmp_path / "out", {"name": "py", "path": STDLIB})
     rows = {row["id"]: row for row in rows_of(tmp_path / "out")}
-    assert rows["json/decoder.py#docstrings"]["meta"] == '{"family": "json/decoder.py"}'
+    assert rows["json/decoder.py#docstrings"]["text"].startswith("Implementation of JSONDecoder")
     assert rows["json/decoder.py"]["text"].startswith('"""Implementation of JSONDecoder')
     assert "topics/lambda" in rows
 

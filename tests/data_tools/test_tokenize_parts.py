@@ -124,6 +124,21 @@ def test_any_group_of_two_holds_out_one_and_keeps_one(tmp_path):
         assert kinds == [(group, kind) for group in "abc" for kind in ("train", "valid")]
 
 
+def test_a_module_and_its_docstrings_are_on_one_side(tmp_path):
+    rows = [(f"m{n // 2}.py{'#docstrings' * (n % 2)}", "py", "text") for n in range(80)]
+    for fraction in (0.3, 1e-9, 1 - 1e-9):  # also where the rule alone would hold out none, or all
+        source = write_step(tmp_path / f"source {fraction}", [rows[::2], rows[1::2]])
+        out = tmp_path / f"out {fraction}"
+        with crew(tmp_path) as one:
+            run(settings(valid_fraction=fraction), source, out, one)
+        held = {name for _, kind, name in stored(out) if kind == "valid"}
+        assert 0 < len(held) < len(rows)
+        assert {name.removesuffix("#docstrings") for name in held} == {
+            name for name in held if not name.endswith("#docstrings")
+        }
+        assert len(held) % 2 == 0
+
+
 def test_buckets_are_groups(tmp_path):
     schema = SCHEMA.append(pa.field("bucket", pa.string()))
     rows = [{"id": str(n), "source": "web", "text": "t", "bucket": f"q{n % 2}"} for n in range(8)]
