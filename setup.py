@@ -3,6 +3,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+# Everything `megalite data build` can use but for what is large or rare, which has an extra of its own.
+data = ["tokenizers>=0.20.3", "numba>=0.61", "ftfy>=6.2", "py3langid>=0.4", "resiliparse>=0.15"]
 
 setup(
     name="megalite",
@@ -33,25 +35,14 @@ setup(
     ],
     extras_require={
         "tokenizers": ["tokenizers>=0.20.3"],
-        # Everything `megalite data build` can use but for what is large or rare, which has its own.
-        "data": [
-            "tokenizers>=0.20.3",
-            "numba>=0.61",
-            "ftfy>=6.2",
-            "py3langid>=0.4",
-            "resiliparse>=0.15",
-        ],
+        "data": data,
         "hub": ["datasets>=4.0"],  # from which on a dataset cannot bring code along
         "trafilatura": ["trafilatura>=2.0", "lxml_html_clean>=0.4"],
         "fasttext": ["fasttext-wheel>=0.9.2"],
         "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6", "gcsfs>=2024.6"],
         "deepspeed": ["deepspeed>=0.19"],
         "dev": [
-            "tokenizers>=0.20.3",
-            "numba>=0.61",
-            "ftfy>=6.2",
-            "py3langid>=0.4",
-            "resiliparse>=0.15",
+            *data,
             "tiktoken>=0.8",
             "transformers>=5.0",
             "deepspeed>=0.19",

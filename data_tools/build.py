@@ -37,6 +37,12 @@ STEPS: dict[str, Callable[..., Flow]] = {
     "mix": mixture.run,
     "search": search.run,
 }
+# What can be found wrong before any work is done; ingest looks at its own at once.
+CHECKS: dict[str, Callable[[Any], None]] = {
+    "clean": clean.check,
+    "decontaminate": decontaminate.check,
+    "tokenize": tokenize_parts.check,
+}
 _READ_SHARDS = ("mix", "search")
 
 
@@ -63,7 +69,8 @@ def plan(recipe: Recipe) -> Iterator[Planned]:
 def build(recipe: Recipe, crew: Crew, until: str | None = None) -> Path:
     """Run a recipe, to the step `until` if one is named; the page that tells what became of every document.
 
-    Raises:  DataError of the step that fails, or if the recipe has no step `until`
+    Raises:  DataError if the recipe has no step `until`, or a file or package that a step needs is missing,
+    both before any work; or of the step that fails
     """
     steps = list(plan(recipe))
     names = [step.name for step in steps]
@@ -71,6 +78,9 @@ def build(recipe: Recipe, crew: Crew, until: str | None = None) -> Path:
         if until not in names:
             raise DataError(f"the recipe has no step {until!r}; it has {', '.join(names)}")
         steps = steps[: names.index(until) + 1]
+    for step in steps:
+        if step.name in CHECKS:
+            CHECKS[step.name](step.settings)
     page = Path(recipe.out) / REPORT_PAGE
     for number, step in enumerate(steps, 1):
         flow = STEPS[step.name](step.settings, *step.sources, step.folder, crew, renew=True)

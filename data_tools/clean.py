@@ -92,10 +92,15 @@ def run(settings: CleanSettings, source: Path, out: Path, crew: Crew, renew: boo
     step = Step(out, KIND, VERSION, _without_paths(settings), [source, *made_with], crew, renew=renew)
     if step.is_finished:
         return Flow.from_json(read_report(out))
-    _operations(settings.model_dump_json())  # fails here, if at all
+    check(settings)
     if crew.workers > 1:
         _operations.cache_clear()  # this process has no use for the models
     return step.finish(step.map_parts(step_parts(source), partial(_clean, settings)))
+
+
+def check(settings: CleanSettings) -> None:
+    """Raises:  DataError if a package or model that an operation needs is missing"""
+    _operations(settings.model_dump_json())
 
 
 def added_columns(settings: CleanSettings) -> pa.Schema:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple, Self
 
 from data_tools.progress import progress
 from megalite.data.folder import disk_errors
-from megalite.data.staging import fsync
+from megalite.data.staging import write_text
 from megalite.errors import DataError
 
 PRESENCE_EVERY_S = 2.0
@@ -50,7 +51,14 @@ class Task:
 
     name: str
     run: Callable[[], dict[str, Any]]
-    bytes: int = 1  # about how much work, for the progress display
+    bytes: int = 0  # about how much text, for the progress display; it counts tasks if none has any
+
+
+class Usage(NamedTuple):
+    """What tasks took in worker processes: their processors' time, and the most memory one has had so far."""
+
+    cpu_s: float = 0.0
+    peak_bytes: int = 0
 
 
 def place_from_environment(environ: Mapping[str, str] = os.environ) -> Place:
@@ -86,8 +94,9 @@ class Crew:
     """
 
     def __init__(self, root: Path, workers: int | None = None, place: Place | None = None) -> None:
-        self.workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        self.workers = _cores_a_rank(os.environ) if workers is None else workers
         self.place = place if place is not None else Place()
+        self.used = Usage()
         self._presence = _Presence(root / "ranks", self.place)
         self._pool: ProcessPoolExecutor | None = None
 
@@ -120,12 +129,14 @@ class Crew:
         results = {task.name: read_marker(folder, task.name) for task in tasks}
         mine = tasks[self.place.rank :: self.place.world]
         todo = [task for task in mine if results[task.name] is None]
-        total = sum(task.bytes for task in mine)
-        with progress(title) as update:
-            done = total - sum(task.bytes for task in todo)
+        of_bytes = any(task.bytes for task in mine)
+        sizes = {task.name: task.bytes if of_bytes else 1 for task in mine}
+        total = sum(sizes.values())
+        with progress(title, of_bytes=of_bytes) as update:
+            done = total - sum(sizes[task.name] for task in todo)
             for task, outcome in self._perform(folder, todo):
                 results[task.name] = outcome
-                done += task.bytes
+                done += sizes[task.name]
                 update(done, total)
         self._await_others(folder, results, title)
         return [result for task in tasks if (result := results[task.name]) is not None]
@@ -144,16 +155,16 @@ class Crew:
             for task in todo:
                 yield task, _do(folder, task)
             return
-        waiting: dict[Future[dict[str, Any]], Task] = {}
+        waiting: dict[Future[tuple[dict[str, Any], Usage]], Task] = {}
         queue = iter(todo)
         try:
             # No more in flight than hands, so that what is left after an error is not done in vain.
             for task in queue:
-                waiting[self._executor().submit(_do, folder, task)] = task
+                waiting[self._executor().submit(_do_and_measure, folder, task)] = task
                 if len(waiting) > self.workers:
-                    yield from _finished(waiting)
+                    yield from self._finished(waiting)
             while waiting:
-                yield from _finished(waiting)
+                yield from self._finished(waiting)
         except BrokenProcessPool:
             names = ", ".join(sorted(task.name for task in waiting.values()))
             raise DataError(
@@ -163,6 +174,14 @@ class Crew:
         finally:
             for future in waiting:
                 future.cancel()
+
+    def _finished(
+        self, waiting: dict[Future[tuple[dict[str, Any], Usage]], Task]
+    ) -> Iterator[tuple[Task, dict[str, Any]]]:
+        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            result, used = future.result()
+            self.used = Usage(self.used.cpu_s + used.cpu_s, max(self.used.peak_bytes, used.peak_bytes))
+            yield waiting.pop(future), result
 
     def _executor(self) -> ProcessPoolExecutor:
         if self._pool is None:
@@ -208,15 +227,19 @@ def read_marker(folder: Path, name: str) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that appears whole and durable, or not at all."""
-    staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        try:
-            staging.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            fsync(staging)
-            staging.rename(path)
-        finally:
-            staging.unlink(missing_ok=True)
-        fsync(path.parent)
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def peak_bytes() -> int:
+    """The most memory this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def _cores_a_rank(environ: Mapping[str, str]) -> int:
+    """The cores there are, shared with the other ranks of this machine that a launcher started."""
+    cores = len(os.sched_getaffinity(0))
+    local = environ.get("LOCAL_WORLD_SIZE", environ.get("SLURM_NTASKS_PER_NODE", ""))
+    return max(1, cores // int(local)) if local.isdecimal() and int(local) else cores
 
 
 def _do(folder: Path, task: Task) -> dict[str, Any]:
@@ -225,10 +248,10 @@ def _do(folder: Path, task: Task) -> dict[str, Any]:
     return result
 
 
-def _finished(waiting: dict[Future[dict[str, Any]], Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
-    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-        result = future.result()
-        yield waiting.pop(future), result
+def _do_and_measure(folder: Path, task: Task) -> tuple[dict[str, Any], Usage]:
+    began = time.process_time()
+    result = _do(folder, task)
+    return result, Usage(time.process_time() - began, peak_bytes())
 
 
 def _start_worker() -> None:

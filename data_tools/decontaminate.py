@@ -130,6 +130,12 @@ def run(settings: DecontaminateSettings, source: Path, out: Path, crew: Crew, re
     return step.finish([total], splitter=SPLITTER, evaluation=_tell(items, hits, set(found["too_short"])))
 
 
+def check(settings: DecontaminateSettings) -> None:
+    """Raises:  DataError naming an evaluation file that cannot be read, its line and what is wrong with it"""
+    for file in settings.files:
+        read_items(file)
+
+
 def read_items(file: EvaluationFile) -> list[Item]:
     """The texts of an evaluation file.
 

@@ -6,8 +6,8 @@ GROUP_BYTES of text, which bounds the memory of every step, and each page carrie
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from megalite.data.folder import disk_errors
-from megalite.data.staging import fsync
-from megalite.errors import DataError
+from megalite.data.staging import commit_file, staging_of
+from megalite.errors import DataError, nearest
 
 # id: stable between runs, free of machine paths. source: what a mixture's weights name. meta: a JSON object
 # of whatever else came with the document, null if nothing did.
@@ -31,11 +31,10 @@ SCHEMA = pa.schema(
         pa.field("meta", pa.string()),
     ]
 )
+BUCKET = "bucket"  # the column that divides the documents of a source for a curriculum, once they are sorted
 GROUP_BYTES = 8 << 20
 GROUP_ROWS = 1 << 16
 ZSTD_LEVEL = 1  # twice as fast as 3, for 1.4 times the size of what is not kept for long
-# A column of one row group, dictionary pages and a damaged header included, never needs more.
-MAX_DOCUMENT_BYTES = 1 << 30
 
 
 def part_name(number: int) -> str:
@@ -105,34 +104,70 @@ def read_part(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.R
 
     Raises:  DataError naming the file if it is missing, damaged, or has not the columns
     """
+    with _opened(path) as file:
+        names = file.schema_arrow.names
+        wanted = list(names if columns is None else columns)
+        if absent := [name for name in (*SCHEMA.names, *wanted) if name not in names]:
+            raise DataError(f"{path} has no column {absent[0]}; it has {', '.join(names)}")
+        for field in SCHEMA:  # pages have checksums, the footer that types them has none
+            if (kind := file.schema_arrow.field(field.name).type) != field.type:
+                raise DataError(f"{path}: column {field.name} is {kind}, not {field.type}; is it damaged?")
+        if not file.num_row_groups:
+            yield pa.RecordBatch.from_pylist([], file.schema_arrow).select(wanted)
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=wanted, use_threads=False).select(wanted)
+            yield table.combine_chunks().to_batches()[0]
+
+
+def read_schema(path: Path) -> pa.Schema:
+    """The columns of a part.
+
+    Raises:  DataError naming the file if it is missing or damaged
+    """
+    with _opened(path) as file:
+        return file.schema_arrow
+
+
+def text_bytes(path: Path) -> int:
+    """About how much text a part holds, from its footer.
+
+    Raises:  DataError naming the file if it is missing or damaged
+    """
+    with _opened(path) as file:
+        metadata, column = file.metadata, file.schema_arrow.get_field_index("text")
+        groups = range(metadata.num_row_groups)
+        return sum(metadata.row_group(group).column(column).total_uncompressed_size for group in groups)
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds numbers."""
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def check_number(schema: pa.Schema, name: str, key: str, where: str) -> None:
+    """Raises:  DataError unless `where` has the column of numbers that the setting `key` names"""
+    numbers = [field.name for field in schema if is_number(field.type)]
+    if name not in numbers:
+        raise DataError(f"{key}: {where} has no column of numbers {name!r}; {nearest(name, numbers)}")
+
+
+def rows_by_source(batch: pa.RecordBatch) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """Each source of a batch in the order of first rows, and which rows are of it, bool [rows]."""
+    encoded = batch.column("source").dictionary_encode()
+    codes = encoded.indices.to_numpy()
+    for code, name in enumerate(encoded.dictionary.to_pylist()):
+        yield name, codes == code
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            names = file.schema_arrow.names
-            wanted = list(names if columns is None else columns)
-            if absent := [name for name in (*SCHEMA.names, *wanted) if name not in names]:
-                raise DataError(f"{path} has no column {absent[0]}; it has {', '.join(names)}")
-            for field in SCHEMA:  # pages have checksums, the footer that types them has none
-                if (kind := file.schema_arrow.field(field.name).type) != field.type:
-                    raise DataError(
-                        f"{path}: column {field.name} is {kind}, not {field.type}; is it damaged?"
-                    )
-            if not file.num_row_groups:
-                yield pa.RecordBatch.from_pylist([], file.schema_arrow).select(wanted)
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=wanted, use_threads=False).select(wanted)
-                yield table.combine_chunks().to_batches()[0]
+            yield file
     except FileNotFoundError:
         raise DataError(f"no part {path}; run the step that makes it again") from None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} is damaged ({error}); remove its step's folder, and run again") from None
-
-
-def part_rows(path: Path) -> int:
-    """How many documents a part holds, from its footer."""
-    try:
-        return int(pq.read_metadata(path).num_rows)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
 
 
 class PartWriter:
@@ -146,7 +181,7 @@ class PartWriter:
 
     def __init__(self, path: Path, schema: pa.Schema = SCHEMA) -> None:
         self._path = path
-        self._staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._staging = staging_of(path)
         self._schema = schema
         self._file: pq.ParquetWriter | None = None
         self._pending: list[pa.RecordBatch] = []
@@ -201,8 +236,6 @@ class PartWriter:
                 if self._file is not None:
                     self._file.close()
                 if kind is None:
-                    fsync(self._staging)
-                    self._staging.rename(self._path)
-                    fsync(self._path.parent)
+                    commit_file(self._staging, self._path)
         finally:
             self._staging.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ what would come back without it. `preview` tells the same from the columns alone
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,17 +16,16 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from data_tools.bins import binned, quantiles_of
 from data_tools.crew import Crew
-from data_tools.documents import read_part, texts
+from data_tools.documents import check_number, is_number, read_part, texts
 from data_tools.flow import KEPT, Flow
-from data_tools.step import Step, read_report, step_parts
+from data_tools.step import Step, read_report, step_parts, step_schema
 from megalite.config.section import Section
-from megalite.errors import DataError
+from megalite.errors import DataError, nearest
 
 KIND = "filter"
 VERSION = 1
@@ -159,12 +157,11 @@ def run(settings: FilterSettings, source: Path, out: Path, crew: Crew, renew: bo
 
     Raises:  DataError if a rule names no column of numbers of `source`, or none of the sets' rules
     """
-    parts = step_parts(source)
-    rules = rules_of(settings, str(source), _schema(parts[0]) if parts else None)
+    rules = rules_of(settings, str(source), step_schema(source))
     step = Step(out, KIND, VERSION, settings, [source], crew, renew=renew)
     if step.is_finished:
         return Flow.from_json(read_report(out))
-    flows = step.map_parts(parts, partial(_filter_part, rules, settings.keep_statistics))
+    flows = step.map_parts(step_parts(source), partial(_filter_part, rules, settings))
     total = Flow()
     for flow in flows:
         total.merge(flow)
@@ -179,7 +176,7 @@ def preview(settings: FilterSettings, source: Path) -> Preview:
     Raises:  DataError as `run` does
     """
     parts = step_parts(source)
-    rules = rules_of(settings, str(source), _schema(parts[0]) if parts else None)
+    rules = rules_of(settings, str(source), step_schema(source))
     columns = sorted({"text" if rule.name == SIZE else rule.name for rule in rules} | {"source"})
     flow, documents = Flow(), 0
     dropped = np.zeros(len(rules), np.int64)
@@ -206,7 +203,7 @@ def rules_of(settings: FilterSettings, source: str, schema: pa.Schema | None) ->
     known = [name for rule_set in RULE_SETS.values() for name in rule_set]
     for name in settings.without:
         if name not in known:
-            raise DataError(f"filter.without: there is no rule {name!r}{_nearest(name, known)}")
+            raise DataError(f"filter.without: there is no rule {name!r}; {nearest(name, known)}")
     bounds: dict[str, Bounds] = {}
     for set_name, rule_set in RULE_SETS.items():
         if getattr(settings, set_name):
@@ -219,7 +216,7 @@ def rules_of(settings: FilterSettings, source: str, schema: pa.Schema | None) ->
 
 
 def _check(rules: Sequence[Rule], settings: FilterSettings, source: str, schema: pa.Schema) -> None:
-    numbers = [field.name for field in schema if _is_number(field.type)]
+    numbers = [field.name for field in schema if is_number(field.type)]
     for rule in rules:
         if rule.name in numbers or (rule.name == SIZE and rule.name not in settings.thresholds):
             continue
@@ -228,10 +225,7 @@ def _check(rules: Sequence[Rule], settings: FilterSettings, source: str, schema:
                 raise DataError(f"filter.languages: {source} has no column language")
             continue
         if rule.name in settings.thresholds:
-            raise DataError(
-                f"filter.thresholds: {source} has no column of numbers {rule.name!r}"
-                f"{_nearest(rule.name, numbers)}"
-            )
+            check_number(schema, rule.name, "filter.thresholds", source)
         set_name = next(name for name, rule_set in RULE_SETS.items() if rule.name in rule_set)
         raise DataError(
             f"filter.{set_name} needs the column {rule.name}, which {source} has not; set "
@@ -239,8 +233,13 @@ def _check(rules: Sequence[Rule], settings: FilterSettings, source: str, schema:
         )
 
 
+def stays(settings: FilterSettings, column: str) -> bool:
+    """Whether documents that stay keep this column."""
+    return settings.keep_statistics or not column.startswith(STATISTICS)
+
+
 def _filter_part(
-    rules: Sequence[Rule], keep_statistics: bool, path: Path, flow: Flow
+    rules: Sequence[Rule], settings: FilterSettings, path: Path, flow: Flow
 ) -> Iterator[pa.RecordBatch]:
     names = [rule.name for rule in rules]
     for batch in read_part(path):
@@ -248,9 +247,7 @@ def _filter_part(
         flow.pass_batch(batch, verdicts, names, why=_Reasons(batch, verdicts, rules))
         _tally(batch, names, flow)
         kept = batch.filter(pa.array(verdicts == KEPT))
-        if not keep_statistics:
-            kept = kept.select([name for name in kept.schema.names if not name.startswith(STATISTICS)])
-        yield kept
+        yield kept.select([name for name in kept.schema.names if stays(settings, name)])
 
 
 def _judge(batch: pa.RecordBatch, rules: Sequence[Rule], flow: Flow) -> NDArray[np.int64]:
@@ -271,7 +268,7 @@ def _tally(batch: pa.RecordBatch, names: Sequence[str], flow: Flow) -> None:
     """Add the values of the rules' columns and all statistics to the flow's histograms."""
     for name in batch.schema.names:
         column = batch.column(name)
-        if (name in names or name.startswith(STATISTICS)) and _is_number(column.type):
+        if (name in names or name.startswith(STATISTICS)) and is_number(column.type):
             values, is_null = _numbers(column)
             histogram = flow.histograms.setdefault(name, {})
             for label, number in binned(values[~is_null]).items():
@@ -347,19 +344,3 @@ def _told(count: RuleCount) -> dict[str, Any]:
     told = {name: limit if math.isfinite(limit) else None for name, limit in limits.items()}
     numbers = {name: getattr(count, name) for name in ("failed", "alone", "dropped", "unmeasured")}
     return {"name": rule.name, **told, "languages": list(rule.languages), **numbers}
-
-
-def _schema(path: Path) -> pa.Schema:
-    try:
-        return pq.read_schema(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(names))}"

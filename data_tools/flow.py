@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_tools.documents import texts
+from data_tools.documents import rows_by_source, texts
 from megalite.errors import DataError
 
 EXAMPLES = 3  # of each reason and source
@@ -61,13 +61,10 @@ class Flow:
         the detail for a dropped row's example.
         """
         sizes = texts(batch.column("text")).sizes
-        sources = batch.column("source").to_pylist()
         kept_sizes = sizes.copy()
         if out is not None:
             kept_sizes[verdicts == KEPT] = texts(out.column("text")).sizes
-        names, inverse = np.unique(np.array(sources, dtype=object).astype(str), return_inverse=True)
-        for number, source in enumerate(names.tolist()):
-            here = inverse == number
+        for source, here in rows_by_source(batch):
             self._count(source, "in", int(sizes[here].sum()), int(here.sum()))
             kept = here & (verdicts == KEPT)
             self._count(source, "out", int(kept_sizes[kept].sum()), int(kept.sum()))

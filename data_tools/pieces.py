@@ -17,24 +17,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_tools.bpe import Encoded
-from data_tools.documents import read_part, texts
+from data_tools.documents import BUCKET, read_part, read_schema, texts
 from data_tools.encoding import Encoder, SampleCheck, build_encoder
 from data_tools.flow import EXAMPLES, KEPT, Flow
-from data_tools.hold_out import BUCKET, Split, group_names, unigram_entropy
+from data_tools.hold_out import Split, group_names, unigram_entropy
 from megalite.data.folder import disk_errors
 from megalite.data.staging import fsync
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.data.writer import ShardWriter, join_datasets
 
-DATA, PIECES, TOKENIZER = "data", "pieces", "tokenizer"  # folders of the step
+DATA, PIECES, TOKENIZER = "data", "pieces", "tokenizer"  # folders of a tokenization
 TRAIN, VALID = "train", "valid"
 
 
-class Recipe(NamedTuple):
+class Job(NamedTuple):
     """How every task of the step works."""
 
     folder: Path
@@ -47,22 +46,21 @@ class Recipe(NamedTuple):
 
 def part_columns(path: Path) -> list[str]:
     """What is read of a part."""
-    has_buckets = BUCKET in pq.read_schema(path).names
-    return ["id", "source", "text", *([BUCKET] if has_buckets else [])]
+    return ["id", "source", "text", *([BUCKET] if BUCKET in read_schema(path).names else [])]
 
 
-def write_piece(recipe: Recipe, name: str, paths: Sequence[Path]) -> dict[str, Any]:
+def write_piece(job: Job, name: str, paths: Sequence[Path]) -> dict[str, Any]:
     """Encode parts and write one piece. Returns its flow, its counts by group, and what the check found."""
-    folder = recipe.folder / PIECES / name
-    tokenizer, encoder = _at_work(recipe.folder / TOKENIZER, recipe.fingerprint, recipe.engine, get_ident())
-    check = SampleCheck(tokenizer, encoder, recipe.engine)
+    folder = job.folder / PIECES / name
+    tokenizer, encoder = _at_work(job.folder / TOKENIZER, job.fingerprint, job.engine, get_ident())
+    check = SampleCheck(tokenizer, encoder, job.engine)
     flow = Flow()
     examples: list[str] = []
     with disk_errors(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     with ExitStack() as stack:
-        datasets = _Datasets(folder, tokenizer, recipe, stack)
+        datasets = _Datasets(folder, tokenizer, job, stack)
         for path in paths:
             for batch in read_part(path, part_columns(path)):
                 column = texts(batch.column("text"))
@@ -75,21 +73,21 @@ def write_piece(recipe: Recipe, name: str, paths: Sequence[Path]) -> dict[str, A
     return {"flow": flow.to_json(), "groups": groups, **checked}
 
 
-def join_group(recipe: Recipe, group: str, pieces: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def join_group(job: Job, group: str, pieces: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Join a group's `pieces`, names by train and valid, to its datasets. Returns their counts.
 
     May be killed and called again.
     """
     frequency = {}
     for kind, names in pieces.items():
-        parts = [recipe.folder / PIECES / name / group / kind for name in names]
-        target = recipe.folder / DATA / group / kind
+        parts = [job.folder / PIECES / name / group / kind for name in names]
+        target = job.folder / DATA / group / kind
         # It appears when it is whole; what it is made of goes after that.
         if parts and not target.exists():
             with disk_errors(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
             join_datasets(parts, target)
-        frequency[kind] = np.zeros(recipe.vocab_size, np.int64)
+        frequency[kind] = np.zeros(job.vocab_size, np.int64)
         for part in parts:
             with disk_errors(part):
                 frequency[kind] += np.fromfile(_counts_file(part), np.int64)
@@ -122,8 +120,8 @@ class _Open:
 class _Datasets:
     """The datasets of a piece, opened when the first document comes and closed by the stack."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, recipe: Recipe, stack: ExitStack) -> None:
-        self._folder, self._tokenizer, self._recipe, self._stack = folder, tokenizer, recipe, stack
+    def __init__(self, folder: Path, tokenizer: Tokenizer, job: Job, stack: ExitStack) -> None:
+        self._folder, self._tokenizer, self._job, self._stack = folder, tokenizer, job, stack
         self._open: dict[tuple[str, str], _Open] = {}
 
     def write(self, batch: pa.RecordBatch, sizes: NDArray[np.int64], encoded: Encoded) -> None:
@@ -132,7 +130,7 @@ class _Datasets:
         rows: dict[tuple[str, str], list[int]] = {}
         names, sources = batch.column("id").to_pylist(), batch.column("source").to_pylist()
         for row, (group, source, name) in enumerate(zip(group_names(batch), sources, names, strict=True)):
-            kind = VALID if self._recipe.split.is_held_out(group, source, name) else TRAIN
+            kind = VALID if self._job.split.is_held_out(group, source, name) else TRAIN
             dataset = self._dataset(group, kind)
             dataset.writer.write(name, source, ids[bounds[row] : bounds[row + 1]])
             rows.setdefault((group, kind), []).append(row)
@@ -164,7 +162,7 @@ class _Datasets:
     def _dataset(self, group: str, kind: str) -> _Open:
         if (found := self._open.get((group, kind))) is None:
             path = self._folder / group / kind
-            writer = ShardWriter(path, self._tokenizer, compression=self._recipe.compression)
+            writer = ShardWriter(path, self._tokenizer, compression=self._job.compression)
             frequency = np.zeros(self._tokenizer.vocab_size, np.int64)
             found = _Open(self._stack.enter_context(writer), path, frequency)
             self._open[group, kind] = found

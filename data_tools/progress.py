@@ -1,4 +1,4 @@
-"""One progress display: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""One progress display, of bytes or tasks: a bar on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -14,34 +14,43 @@ Update = Callable[[int, int], None]
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Update]:
-    """Yield `update(done, total)`, both in bytes; total 0 when it is not known. Shows on stderr."""
+def progress(title: str, *, of_bytes: bool = True) -> Iterator[Update]:
+    """Yield `update(done, total)`, both in bytes or tasks; total 0 when it is not known. Shows on stderr."""
     if sys.stderr.isatty():
-        with _bar(title) as update:
+        with _bar(title, of_bytes) as update:
             yield update
     else:
-        yield _lines(title)
+        yield _lines(title, of_bytes)
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Update]:
+def _bar(title: str, of_bytes: bool) -> Iterator[Update]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    done = DownloadColumn() if of_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), done, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as display:
         task = display.add_task(title, total=None)
         yield lambda done, total: display.update(task, completed=done, total=total or None)
 
 
-def _lines(title: str) -> Update:
+def _lines(title: str, of_bytes: bool) -> Update:
     due = time.monotonic() + QUIET_S
 
     def update(done: int, total: int) -> None:
         nonlocal due
         if time.monotonic() >= due:
-            of = f" of {total / 2**20:.1f}" if total else ""
-            print(f"{title}: {done / 2**20:.1f}{of} MiB", file=sys.stderr, flush=True)
+            told = [f"{number / 2**20:.1f}" if of_bytes else f"{number}" for number in (done, total)]
+            of = f" of {told[1]}" if total else ""
+            print(f"{title}: {told[0]}{of} {'MiB' if of_bytes else 'tasks'}", file=sys.stderr, flush=True)
             due = time.monotonic() + LINE_EVERY_S
 
     return update

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+import pyarrow as pa
 from pydantic import Field, model_validator
 
 from data_tools.clean import CleanSettings, added_columns
 from data_tools.decontaminate import DecontaminateSettings
+from data_tools.dedup import near
 from data_tools.dedup.exact import ExactSettings
 from data_tools.dedup.near import NearSettings
 from data_tools.dedup.spans import SpanSettings
-from data_tools.filter import FilterSettings, rules_of
+from data_tools.filter import FilterSettings, rules_of, stays
 from data_tools.ingest import IngestSettings
+from data_tools.mix import buckets
 from data_tools.mix.buckets import BucketSettings
 from data_tools.mix.mixture import MixSettings
 from data_tools.mix.search import SearchSettings
@@ -45,14 +48,25 @@ class Recipe(Section):
         for later in ("mix", "search"):
             if getattr(self, later) is not None and self.tokenize is None:
                 raise ValueError(f"{later}: there is nothing to mix without shards; add a [tokenize] table")
-        if self.filter is not None:
-            if self.clean is None:
-                raise ValueError("filter: nothing is measured to judge by; add a [clean] table")
-            try:
-                rules_of(self.filter, "[clean]", added_columns(self.clean))
-            except DataError as error:
-                raise ValueError(str(error)) from None
+        if self.filter is not None and self.clean is None:
+            raise ValueError("filter: nothing is measured to judge by; add a [clean] table")
+        try:
+            self._check_columns()
+        except DataError as error:
+            raise ValueError(str(error)) from None
         return self
+
+    def _check_columns(self) -> None:
+        """Raises:  DataError if a step looks at a column that no step before it adds"""
+        where = "[clean]" if self.clean is not None else "a corpus without [clean]"
+        columns = pa.schema([] if self.clean is None else added_columns(self.clean))
+        if self.filter is not None:
+            rules_of(self.filter, where, columns)
+            columns = pa.schema(field for field in columns if stays(self.filter, field.name))
+        if self.near is not None:
+            near.check(self.near, columns, where)
+        if self.buckets is not None:
+            buckets.check(self.buckets, columns, where)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

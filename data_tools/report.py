@@ -16,11 +16,11 @@ from data_tools.crew import read_marker
 from data_tools.flow import Flow
 from data_tools.show import printable
 from data_tools.step import TIMING_FILE, read_report
-from megalite.data.folder import disk_errors
+from megalite.data.staging import write_text
 
 SHOWN_BINS = 40
 BAR_WIDTH = 260
-_FLOW_KEYS = {"step", "sources", "examples", "histograms", "counters"}
+_TOLD_KEYS = {"step", "parts", "sources", "examples", "histograms", "counters"}
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto }
@@ -61,10 +61,7 @@ def write_report(steps: Sequence[tuple[str, Path]], path: Path, title: str) -> N
         '<meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>\n"
     )
-    with disk_errors(path):
-        staging = path.with_name(path.name + ".tmp")
-        staging.write_text(page, encoding="utf-8", errors="backslashreplace")
-        staging.rename(path)
+    write_text(path, page)
 
 
 def summary(name: str, flow: Flow) -> str:
@@ -101,7 +98,7 @@ def _step(name: str, report: dict[str, Any]) -> str:
         rows = [[escape(printable(key)), f"{number:,}"] for key, number in sorted(flow.counters.items())]
         parts.append(f"<h3>Changes</h3>{_table(('what', 'count'), rows)}")
     parts += [_histogram(title, bins) for title, bins in flow.histograms.items()]
-    more = {key: value for key, value in report.items() if key not in _FLOW_KEYS}
+    more = {key: value for key, value in report.items() if key not in _TOLD_KEYS}
     if more:
         text = json.dumps(more, indent=2, ensure_ascii=False)
         parts.append(f"<details><summary>More of this step</summary><pre>{_text(text)}</pre></details>")

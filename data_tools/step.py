@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -22,8 +22,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_tools.crew import Crew, Task, read_marker, write_json
-from data_tools.documents import PartWriter
+from data_tools.crew import Crew, Task, peak_bytes, read_marker, write_json
+from data_tools.documents import PartWriter, read_schema
 from data_tools.flow import Flow
 from megalite.config.section import Section
 from megalite.config_file import changed_keys
@@ -45,7 +45,8 @@ class Step:
     `inputs` are what it reads: finished steps' folders, or fingerprints of other things. A folder that was
     made otherwise (other settings, inputs or version) is refused, or with `renew` emptied and made again.
 
-    Raises:  DataError naming the folder and what differs; or if an input is not a finished step
+    Raises:  DataError naming the folder and what differs; or if an input is not a finished step, or its parts
+    are gone
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class Step:
         renew: bool = False,
     ) -> None:
         self.folder, self.kind, self.crew = folder, kind, crew
-        self._began = time.monotonic(), _cpu_s()
+        self._sources = [item for item in inputs if isinstance(item, Path)]
+        self._began = time.monotonic(), time.process_time() + crew.used.cpu_s
         self._head = {
             "step": kind,
             "version": version,
@@ -75,11 +77,6 @@ class Step:
         """Whether its report is written."""
         return (self.folder / REPORT_FILE).exists()
 
-    @property
-    def parts_folder(self) -> Path:
-        """Where its parts belong."""
-        return self.folder / PARTS
-
     def run(self, phase: str, tasks: Sequence[Task]) -> list[dict[str, Any]]:
         """Do the tasks of a phase on all ranks; their results in task order."""
         return self.crew.run(
@@ -90,41 +87,38 @@ class Step:
         """Do something on rank 0 alone; its result, on every rank."""
         return self.run(phase, [Task("once", make)])[0]
 
-    def map_parts(self, sources: Sequence[Path], transform: Transform, phase: str = "parts") -> list[Flow]:
+    def map_parts(self, sources: Sequence[Path], transform: Transform) -> list[Flow]:
         """Turn every source part into one part of the same name: batches from `transform(path, flow)`.
 
         `transform` is a module's function, or a partial of one. It yields at least one batch, without rows
         if nothing is left: `read_part` does so too.
         """
-        tasks = [
-            Task(
-                path.stem,
-                partial(_map_part, transform, path, self.parts_folder / path.name),
-                path.stat().st_size,
-            )
-            for path in sources
-        ]
-        return [Flow.from_json(result) for result in self.run(phase, tasks)]
+        tasks = part_tasks(sources, partial(_map_part, transform, self.folder / PARTS))
+        return [Flow.from_json(result) for result in self.run(PARTS, tasks)]
 
-    def finish(self, flows: Sequence[Flow], **more: Any) -> Flow:
-        """Write the report: the flows merged, and whatever else is worth telling, as JSON values."""
+    def finish(self, flows: Sequence[Flow], *, anew: bool = False, **more: Any) -> Flow:
+        """Write the report: the flows merged, and whatever else is worth telling, as JSON values.
+
+        It is left as it is if it is there, unless `anew`, for a step that can be taken further.
+        """
         total = Flow()
         for flow in flows:
             total.merge(flow)
         total.check(self.kind)
-        if self.crew.is_first and not self.is_finished:
-            for path in self.folder.rglob("*.tmp"):  # of kills; nobody writes here any more
-                path.unlink()
+        if self.crew.is_first and (anew or not self.is_finished):
+            for path in list(self.folder.rglob("*.tmp")):  # of kills; nobody writes here any more
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             wall, cpu = self._began
             timing = {
                 "wall_s": round(time.monotonic() - wall, 3),
-                "cpu_s": round(_cpu_s() - cpu, 3),
-                "peak_worker_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10,
+                "cpu_s": round(time.process_time() + self.crew.used.cpu_s - cpu, 3),
+                "peak_process_bytes": max(self.crew.used.peak_bytes, peak_bytes()),
                 "workers": self.crew.workers,
                 "ranks": self.crew.place.world,
             }
             write_json(self.folder / TIMING_FILE, timing)
-            report = {"step": self.kind, **total.to_json(), **more}
+            parts = len(_parts_in(self.folder))
+            report = {"step": self.kind, "parts": parts, **total.to_json(), **more}
             write_json(self.folder / REPORT_FILE, report)
         self.crew.wait_for(lambda: self.is_finished, f"finish {self.folder}")
         return total
@@ -145,13 +139,13 @@ class Step:
         # A kill may have left the beginning of step.json.
         if found is None and any(name != "ranks" and not name.endswith(".tmp") for name in inside):
             raise DataError(f"{self.folder} is in the way, no step made it; name another folder or remove it")
-        if found is not None and not renew:
-            changes = changed_keys(found, {**self._head, "fingerprint": self.fingerprint})
-            changes.pop("fingerprint", None)
-            key, (old, new) = next(iter(changes.items()))
-            raise DataError(
-                f"{self.folder} was made with {key}={old!r}, not {new!r}; name another folder or remove it"
-            )
+        for source in self._sources:
+            step_parts(source)  # there is nothing to make it of if they are gone, so what is there stays
+        if found is not None:
+            told = _difference(found, self._head)
+            if not renew:
+                raise DataError(f"{self.folder} was made with {told}; name another folder or remove it")
+            print(f"{self.kind}: made again, was made with {told}", file=sys.stderr, flush=True)
         with disk_errors(self.folder):
             if found is not None:
                 _remove(self.folder)
@@ -162,10 +156,31 @@ class Step:
 def step_parts(folder: Path) -> list[Path]:
     """The parts of a finished step, in order.
 
-    Raises:  DataError if the folder is not one, or the step is not finished
+    Raises:  DataError if the folder is not one, the step is not finished, or parts of it are gone
     """
     fingerprint_of(folder)
-    return sorted((folder / PARTS).glob("part-*.parquet"))
+    parts, made = _parts_in(folder), read_report(folder).get("parts")
+    if len(parts) != made:
+        raise DataError(
+            f"{folder / PARTS} has {len(parts)} of {made} parts; remove {folder}, and run the command that "
+            "makes it again"
+        )
+    return parts
+
+
+def step_schema(folder: Path) -> pa.Schema | None:
+    """The columns of a finished step's documents; None if it has no parts, or they are gone.
+
+    Raises:  DataError if the folder is not one, the step is not finished, or a part is damaged
+    """
+    fingerprint_of(folder)
+    parts = _parts_in(folder)
+    return read_schema(parts[0]) if parts else None
+
+
+def part_tasks(parts: Sequence[Path], work: Callable[[Path], dict[str, Any]]) -> list[Task]:
+    """A task for each part: `work(path)`."""
+    return [Task(path.stem, partial(work, path), path.stat().st_size) for path in parts]
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -191,11 +206,23 @@ def fingerprint_of(folder: Path) -> str:
     return str(head["fingerprint"])
 
 
-def _map_part(transform: Transform, source: Path, target: Path) -> dict[str, Any]:
+def _parts_in(folder: Path) -> list[Path]:
+    return sorted((folder / PARTS).glob("part-*.parquet"))
+
+
+def _difference(found: dict[str, Any], head: dict[str, Any]) -> str:
+    """The first thing in which a step is not what it was, for people."""
+    for key, (old, new) in changed_keys(found, head).items():
+        if key != "fingerprint":
+            return f"{key}={old!r}, not {new!r}"
+    return f"another fingerprint than its {STEP_FILE} gives, which was edited or is damaged"
+
+
+def _map_part(transform: Transform, folder: Path, source: Path) -> dict[str, Any]:
     flow = Flow()
     batches = transform(source, flow)
     first = next(batches)
-    with PartWriter(target, first.schema) as writer:
+    with PartWriter(folder / source.name, first.schema) as writer:
         for batch in chain([first], batches):
             writer.write(batch)
     return flow.to_json()
@@ -216,8 +243,3 @@ def _remove(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name != STEP_FILE:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _cpu_s() -> float:
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(item.ru_utime + item.ru_stime for item in usage)

@@ -17,20 +17,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from data_tools.crew import Crew, Task
-from data_tools.documents import read_part
+from data_tools.documents import read_part, text_bytes
 from data_tools.encoding import REFERENCE, choose_engine
 from data_tools.flow import Flow
 from data_tools.hold_out import Split, exceptions, group_names, place, survey
-from data_tools.pieces import PIECES, TOKENIZER, TRAIN, VALID, Recipe, join_group, part_columns, write_piece
+from data_tools.pieces import PIECES, TOKENIZER, TRAIN, VALID, Job, join_group, part_columns, write_piece
 from data_tools.step import Step, read_report, step_parts
 from megalite.config.section import Section
 from megalite.data.folder import disk_errors
 from megalite.data.staging import commit_folder
-from megalite.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from megalite.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizers_package, train_bpe
 
 KIND = "tokenize"
 VERSION = 1
@@ -85,7 +84,7 @@ def run(settings: TokenizeSettings, source: Path, out: Path, crew: Crew, renew: 
     if step.is_finished:
         return Flow.from_json(read_report(out))
     parts = step_parts(source)
-    sizes = [_text_bytes(path) for path in parts]
+    sizes = [text_bytes(path) for path in parts]
     surveyed = step.run(
         "survey",
         [
@@ -95,15 +94,21 @@ def run(settings: TokenizeSettings, source: Path, out: Path, crew: Crew, renew: 
     )
     split = Split(settings.valid_fraction, exceptions(surveyed))
     made = step.once("tokenizer", partial(_make_tokenizer, settings, given, parts, sizes, split, out))
-    recipe = Recipe(out, made["fingerprint"], made["vocab_size"], made["engine"], split, settings.compression)
+    job = Job(out, made["fingerprint"], made["vocab_size"], made["engine"], split, settings.compression)
     pieces = _plan(parts, sizes)
-    written, check = _write_pieces(step, recipe, pieces)
-    groups = _join(step, recipe, written, [name for name, _, _ in pieces])
+    written, check = _write_pieces(step, job, pieces)
+    groups = _join(step, job, written, [name for name, _, _ in pieces])
     if crew.is_first:
         with disk_errors(out):
             shutil.rmtree(out / PIECES, ignore_errors=True)
     flows = [Flow.from_json(result["flow"]) for result in written]
     return step.finish(flows, tokenizer={**made, **check}, groups=groups)
+
+
+def check(settings: TokenizeSettings) -> None:
+    """Raises:  DataError if the tokenizer cannot be used, or none be trained"""
+    if _given(settings) is None:
+        tokenizers_package()
 
 
 def _given(settings: TokenizeSettings) -> Tokenizer | None:
@@ -179,16 +184,16 @@ def _plan(parts: Sequence[Path], sizes: Sequence[int]) -> list[tuple[str, list[P
 
 
 def _write_pieces(
-    step: Step, recipe: Recipe, pieces: Sequence[tuple[str, list[Path], int]]
+    step: Step, job: Job, pieces: Sequence[tuple[str, list[Path], int]]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Results of all pieces, and what the check found, as keys of the report."""
 
-    def write(phase: str, how: Recipe) -> list[dict[str, Any]]:
+    def write(phase: str, how: Job) -> list[dict[str, Any]]:
         return step.run(
             phase, [Task(name, partial(write_piece, how, name, paths), size) for name, paths, size in pieces]
         )
 
-    written = write("pieces", recipe)
+    written = write("pieces", job)
     checked = sum(result["checked"] for result in written)
     different = sum(result["different"] for result in written)
     check: dict[str, Any] = {"documents_checked": checked, "documents_different": different}
@@ -197,12 +202,12 @@ def _write_pieces(
         reason = f"the compiled encoder gave other ids for {different} of {checked} sampled documents"
         _tell(f"{reason} ({', '.join(examples)}); all is encoded again by the reference: please report this")
         check |= {"engine": REFERENCE, "reason": reason, "examples_different": examples}
-        written = write("pieces again", recipe._replace(engine=REFERENCE))
+        written = write("pieces again", job._replace(engine=REFERENCE))
     return written, check
 
 
 def _join(
-    step: Step, recipe: Recipe, written: Sequence[dict[str, Any]], names: Sequence[str]
+    step: Step, job: Job, written: Sequence[dict[str, Any]], names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Make the datasets; counts of every group, for the report."""
     total: dict[str, dict[str, Any]] = {}
@@ -217,22 +222,13 @@ def _join(
                 pieces.setdefault(group, {TRAIN: [], VALID: []})[kind].append(name)
     order = sorted(total)
     tasks = [
-        Task(group, partial(join_group, recipe, group, pieces[group]), total[group][TRAIN]["bytes"])
+        Task(group, partial(join_group, job, group, pieces[group]), total[group][TRAIN]["bytes"])
         for group in order
     ]
     for group, joined in zip(order, step.run("join", tasks), strict=True):
         text_bytes, tokens = (sum(part[key] for part in total[group].values()) for key in ("bytes", "tokens"))
         total[group] = {**total[group], "bytes_per_token": text_bytes / tokens, **joined}
     return total
-
-
-def _text_bytes(path: Path) -> int:
-    """About how much text a part holds, from its footer."""
-    with pq.ParquetFile(path) as file:
-        metadata = file.metadata
-        column = file.schema_arrow.get_field_index("text")
-        groups = range(metadata.num_row_groups)
-        return sum(metadata.row_group(group).column(column).total_uncompressed_size for group in groups)
 
 
 def _tell(line: str) -> None:

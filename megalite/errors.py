@@ -5,6 +5,9 @@ One rule for messages: what is wrong, where (file, key or shape), the value seen
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class MegaliteError(Exception):
     """Base of all errors megalite raises on purpose; the CLI prints it on one line."""
@@ -49,3 +52,10 @@ class DivergedError(MegaliteError):
     """The loss stayed non-finite for longer than the run allows; a human must look."""
 
     exit_code = 77
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: what was meant perhaps, or all there are."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'none'}"

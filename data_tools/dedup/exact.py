@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from data_tools.crew import Crew, Task
+from data_tools.crew import Crew
 from data_tools.dedup import removal, repeats
 from data_tools.dedup.cut import cut_out, show_cuts
 from data_tools.dedup.removal import EXACT, drop_twins, removals
@@ -24,7 +24,9 @@ from data_tools.dedup.shuffle import (
     ShuffleWriter,
     addresses,
     bucket_count,
+    bucket_name,
     bucket_of,
+    bucket_tasks,
     number_of,
     part_of,
     read_rows,
@@ -34,7 +36,7 @@ from data_tools.dedup.shuffle import (
 from data_tools.dedup.units import Units, document_units, hash_units, split_units
 from data_tools.documents import Texts, part_number, read_part, text_column, texts, with_column
 from data_tools.flow import KEPT, Flow
-from data_tools.step import Step, read_report, step_parts
+from data_tools.step import Step, part_tasks, read_report, step_parts
 from megalite.config.section import Section
 
 KIND = "exact-dedup"
@@ -70,21 +72,9 @@ def run(settings: ExactSettings, source: Path, out: Path, crew: Crew, renew: boo
     units = documents if settings.unit == "document" else documents + size // BYTES_A_LINE
     buckets = bucket_count(units * repeats.COLUMNS * 8, settings.memory_bytes)
     hashes, matches = out / "shuffle" / "hashes", out / "shuffle" / "matches"
-    step.run(
-        "hashes",
-        [
-            Task(path.stem, partial(_hash_part, settings, path, hashes, buckets), path.stat().st_size)
-            for path in parts
-        ],
-    )
+    step.run("hashes", part_tasks(parts, partial(_hash_part, settings, hashes, buckets)))
     numbers = 1 + max(map(part_number, parts), default=0)
-    step.run(
-        "matches",
-        [
-            Task(f"bucket-{bucket:05d}", partial(_match, hashes, len(parts), bucket, matches, numbers))
-            for bucket in range(buckets)
-        ],
-    )
+    step.run("matches", bucket_tasks(buckets, partial(_match, hashes, len(parts), matches, numbers)))
     if crew.is_first:
         remove_shuffle(hashes)
     if settings.unit == "document":
@@ -96,7 +86,7 @@ def run(settings: ExactSettings, source: Path, out: Path, crew: Crew, renew: boo
     return step.finish(flows)
 
 
-def _hash_part(settings: ExactSettings, path: Path, folder: Path, buckets: int) -> dict[str, Any]:
+def _hash_part(settings: ExactSettings, folder: Path, buckets: int, path: Path) -> dict[str, Any]:
     """Write (hash, hash, address) of every unit long enough to be compared; addresses count all units."""
     part, count = part_number(path), 0
     with ShuffleWriter(folder / f"{path.stem}.bin", buckets) as writer:
@@ -113,10 +103,10 @@ def _hash_part(settings: ExactSettings, path: Path, folder: Path, buckets: int) 
     return {"units": count}
 
 
-def _match(hashes: Path, files: int, bucket: int, folder: Path, parts: int) -> dict[str, Any]:
+def _match(hashes: Path, files: int, folder: Path, parts: int, bucket: int) -> dict[str, Any]:
     """Write what is to be removed from each part."""
     found = later_occurrences(read_rows(shuffle_files(hashes, files), bucket, repeats.COLUMNS))
-    with ShuffleWriter(folder / f"bucket-{bucket:05d}.bin", parts) as writer:
+    with ShuffleWriter(folder / f"{bucket_name(bucket)}.bin", parts) as writer:
         rows = removals(found[:, 0], found[:, 1], np.ones(len(found)))
         writer.write(part_of(found[:, 0]), rows)
     return {"repeats": len(found)}

@@ -22,12 +22,11 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from data_tools.compiled import compiled
-from data_tools.crew import Crew, Task
+from data_tools.crew import Crew
 from data_tools.dedup.clusters import Sets, cluster, similarities
 from data_tools.dedup.minhash import band_hashes, chance_of_meeting
 from data_tools.dedup.removal import drop_twins, removals
@@ -36,7 +35,9 @@ from data_tools.dedup.shuffle import (
     ShuffleWriter,
     addresses,
     bucket_count,
+    bucket_name,
     bucket_of,
+    bucket_tasks,
     number_of,
     part_of,
     read_bucket,
@@ -45,11 +46,10 @@ from data_tools.dedup.shuffle import (
     shuffle_files,
 )
 from data_tools.dedup.union_find import settle, unite
-from data_tools.documents import Texts, part_number, read_part, texts
+from data_tools.documents import Texts, check_number, part_number, read_part, texts
 from data_tools.flow import Flow
-from data_tools.step import Step, read_report, step_parts
+from data_tools.step import Step, part_tasks, read_report, step_parts, step_schema
 from megalite.config.section import Section
-from megalite.errors import DataError
 
 KIND = "near-dedup"
 VERSION = 1
@@ -97,12 +97,12 @@ def run(settings: NearSettings, source: Path, out: Path, crew: Crew, renew: bool
 
     Raises:  DataError if `best_column` is missing or no number
     """
+    if (schema := step_schema(source)) is not None:
+        check(settings, schema, str(source))
     step = Step(out, KIND, VERSION, settings, [source], crew, renew=renew)
     if step.is_finished:
         return Flow.from_json(read_report(out))
     parts = step_parts(source)
-    if parts and settings.best_column is not None:
-        _check_column(parts[0], settings.best_column)
     numbers = 1 + max(map(part_number, parts), default=0)
     documents = Flow.from_json(read_report(source)).totals()[1]
     buckets = bucket_count(documents * settings.bands * 16, settings.memory_bytes)
@@ -113,18 +113,10 @@ def run(settings: NearSettings, source: Path, out: Path, crew: Crew, renew: bool
             remove_shuffle(shuffle / phase)
 
     def for_parts(phase: str, work: Any, *arguments: Any) -> list[dict[str, Any]]:
-        tasks = [
-            Task(path.stem, partial(work, settings, path, shuffle, *arguments), path.stat().st_size)
-            for path in parts
-        ]
-        return step.run(phase, tasks)
+        return step.run(phase, part_tasks(parts, partial(work, settings, shuffle, *arguments)))
 
     def for_buckets(phase: str, number: int, work: Any, *arguments: Any) -> list[dict[str, Any]]:
-        names = [(bucket, f"bucket-{bucket:05d}") for bucket in range(number)]
-        return step.run(
-            phase,
-            [Task(name, partial(work, settings, bucket, shuffle, *arguments)) for bucket, name in names],
-        )
+        return step.run(phase, bucket_tasks(number, partial(work, settings, shuffle, *arguments)))
 
     banded = for_parts("bands", _write_bands, buckets)
     for_buckets("groups", buckets, _write_groups, len(parts))
@@ -153,6 +145,12 @@ def run(settings: NearSettings, source: Path, out: Path, crew: Crew, renew: bool
     )
 
 
+def check(settings: NearSettings, schema: pa.Schema, source: str) -> None:
+    """Raises:  DataError unless documents with these columns can be judged so"""
+    if settings.best_column is not None:
+        check_number(schema, settings.best_column, "near.best_column", source)
+
+
 def shingle_sets(
     settings: NearSettings, text: Texts, rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
@@ -161,17 +159,7 @@ def shingle_sets(
     return windows(words.hashes, words.bounds, settings.shingle_words, short=True)
 
 
-def _check_column(path: Path, name: str) -> None:
-    schema = pq.read_schema(path)
-    kind = schema.field(name).type if name in schema.names else None
-    if kind is None or not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        raise DataError(
-            f"{path} has no column of numbers {name} to keep the best by (it has {', '.join(schema.names)}); "
-            "name one that a step before this adds"
-        )
-
-
-def _write_bands(settings: NearSettings, path: Path, shuffle: Path, buckets: int) -> dict[str, Any]:
+def _write_bands(settings: NearSettings, shuffle: Path, buckets: int, path: Path) -> dict[str, Any]:
     """Rows of (band hash, address) of every document with a word."""
     part, count, total = part_number(path), 0, 0
     with ShuffleWriter(shuffle / "bands" / f"{path.stem}.bin", buckets) as writer:
@@ -190,14 +178,14 @@ def _write_bands(settings: NearSettings, path: Path, shuffle: Path, buckets: int
     return {"shingles": total}
 
 
-def _write_groups(settings: NearSettings, bucket: int, shuffle: Path, files: int) -> dict[str, Any]:
+def _write_groups(settings: NearSettings, shuffle: Path, files: int, bucket: int) -> dict[str, Any]:
     """Rows of two addresses that share a band; a band's documents are a chain of such pairs."""
     records = read_rows(shuffle_files(shuffle / "bands", files), bucket, 2)
     order = np.argsort(records[:, 0])
     hashes = records[order, 0]
     place = np.flatnonzero(hashes[1:] == hashes[:-1])
     pairs = np.stack([records[order[place], 1], records[order[place + 1], 1]], axis=1)
-    with ShuffleWriter(shuffle / "groups" / f"bucket-{bucket:05d}.bin", 1) as writer:
+    with ShuffleWriter(shuffle / "groups" / f"{bucket_name(bucket)}.bin", 1) as writer:
         writer.write(np.zeros(len(pairs), dtype=np.int64), pairs)
     return {"pairs": len(pairs)}
 
@@ -231,7 +219,7 @@ def _write_components(
     return {"candidates": len(candidates), "components": int((sizes > 0).sum()), "buckets": buckets}
 
 
-def _write_sets(settings: NearSettings, path: Path, shuffle: Path, buckets: int) -> dict[str, Any]:
+def _write_sets(settings: NearSettings, shuffle: Path, buckets: int, path: Path) -> dict[str, Any]:
     """Rows of a candidate's head (see _HEAD) and its shingles, sorted and without repeats."""
     part, count = part_number(path), 0
     chosen = read_rows(shuffle_files(shuffle / "components", 1), part, 2)
@@ -255,10 +243,10 @@ def _write_sets(settings: NearSettings, path: Path, shuffle: Path, buckets: int)
 
 
 def _write_clusters(
-    settings: NearSettings, bucket: int, shuffle: Path, files: int, parts: int
+    settings: NearSettings, shuffle: Path, files: int, parts: int, bucket: int
 ) -> dict[str, Any]:
     """Removals to each part."""
-    spill = shuffle / "sets" / f"bucket-{bucket:05d}.spill"
+    spill = shuffle / "sets" / f"{bucket_name(bucket)}.spill"
     records = read_bucket(shuffle_files(shuffle / "sets", files), bucket, settings.memory_bytes, spill)
     heads = _heads(records)
     begins = heads + _HEAD
@@ -269,7 +257,7 @@ def _write_clusters(
     gone = np.flatnonzero(kept != np.arange(len(kept)))
     likeness = similarities(sets, gone, kept[gone])
     address = records[heads]
-    with ShuffleWriter(shuffle / "clusters" / f"bucket-{bucket:05d}.bin", parts) as writer:
+    with ShuffleWriter(shuffle / "clusters" / f"{bucket_name(bucket)}.bin", parts) as writer:
         writer.write(part_of(address[gone]), removals(address[gone], address[kept[gone]], likeness))
     spill.unlink(missing_ok=True)
     return {

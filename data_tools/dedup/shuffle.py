@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.crew import Task
 from megalite.data.folder import disk_errors
-from megalite.data.staging import fsync
+from megalite.data.staging import commit_file, staging_of
 from megalite.errors import DataError
 
 RUN_BYTES = 32 << 20  # of rows, held before they are sorted and written
@@ -57,6 +59,16 @@ def number_of(address: NDArray[np.uint64]) -> NDArray[np.int64]:
     return (address & np.uint64((1 << ADDRESS_BITS) - 1)).astype(np.int64)
 
 
+def bucket_tasks(buckets: int, work: Callable[[int], dict[str, Any]]) -> list[Task]:
+    """A task for each bucket: `work(bucket)`."""
+    return [Task(bucket_name(bucket), partial(work, bucket)) for bucket in range(buckets)]
+
+
+def bucket_name(bucket: int) -> str:
+    """What the task of a bucket is called; names sort as numbers do, up to a million."""
+    return f"bucket-{bucket:06d}"
+
+
 def shuffle_files(folder: Path, count: int) -> list[Path]:
     """The files of a phase of `count` tasks, in task order.
 
@@ -78,7 +90,7 @@ class ShuffleWriter:
 
     def __init__(self, path: Path, buckets: int) -> None:
         self._path, self._buckets = path, buckets
-        self._staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._staging = staging_of(path)
         self._file: BinaryIO | None = None
         self._pending: list[tuple[NDArray[np.int64], Rows]] = []
         self._words = self._written = 0
@@ -131,9 +143,7 @@ class ShuffleWriter:
                         bounds.tofile(self._file)
                     self._file.close()
                     if kind is None:
-                        fsync(self._staging)
-                        self._staging.rename(self._path)
-                        fsync(self._path.parent)
+                        commit_file(self._staging, self._path)
         finally:
             self._staging.unlink(missing_ok=True)
 

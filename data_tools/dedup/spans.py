@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from data_tools.compiled import compiled
-from data_tools.crew import Crew, Task
+from data_tools.crew import Crew
 from data_tools.dedup import repeats
 from data_tools.dedup.cut import covered, cut_out, show_cuts, word_spans
 from data_tools.dedup.repeats import later_occurrences
@@ -37,7 +37,9 @@ from data_tools.dedup.shuffle import (
     ShuffleWriter,
     addresses,
     bucket_count,
+    bucket_name,
     bucket_of,
+    bucket_tasks,
     number_of,
     part_of,
     read_bucket,
@@ -47,7 +49,7 @@ from data_tools.dedup.shuffle import (
 )
 from data_tools.documents import part_number, read_part, text_column, texts, with_column
 from data_tools.flow import KEPT, Flow
-from data_tools.step import Step, read_report, step_parts
+from data_tools.step import Step, part_tasks, read_report, step_parts
 from megalite.config.section import Section
 
 KIND = "span-dedup"
@@ -86,18 +88,10 @@ def run(settings: SpanSettings, source: Path, out: Path, crew: Crew, renew: bool
     shuffle = out / "shuffle"
 
     def for_parts(phase: str, work: Any, number: int) -> list[dict[str, Any]]:
-        tasks = [
-            Task(path.stem, partial(work, settings, path, shuffle, number), path.stat().st_size)
-            for path in parts
-        ]
-        return step.run(phase, tasks)
+        return step.run(phase, part_tasks(parts, partial(work, settings, shuffle, number)))
 
     def for_buckets(phase: str, number: int, work: Any) -> list[dict[str, Any]]:
-        tasks = [
-            Task(f"bucket-{bucket:05d}", partial(work, settings, bucket, shuffle, len(parts), numbers))
-            for bucket in range(number)
-        ]
-        return step.run(phase, tasks)
+        return step.run(phase, bucket_tasks(number, partial(work, settings, shuffle, len(parts), numbers)))
 
     def done_with(*phases: str) -> None:
         for phase in phases if crew.is_first else ():
@@ -119,7 +113,7 @@ def run(settings: SpanSettings, source: Path, out: Path, crew: Crew, renew: bool
     return step.finish(flows, splitter=SPLITTER)
 
 
-def _write_seeds(settings: SpanSettings, path: Path, shuffle: Path, buckets: int) -> dict[str, Any]:
+def _write_seeds(settings: SpanSettings, shuffle: Path, buckets: int, path: Path) -> dict[str, Any]:
     """Rows of (seed, address of its first word), and the number of words of every document."""
     part, count = part_number(path), 0
     size = settings.span_words // 2
@@ -143,7 +137,7 @@ def _write_seeds(settings: SpanSettings, path: Path, shuffle: Path, buckets: int
 
 
 def _write_known(
-    settings: SpanSettings, bucket: int, shuffle: Path, files: int, parts: int
+    settings: SpanSettings, shuffle: Path, files: int, parts: int, bucket: int
 ) -> dict[str, Any]:
     """The addresses of seeds that occur more than once, to their parts."""
     records = read_rows(shuffle_files(shuffle / "seeds", files), bucket, 2)
@@ -154,13 +148,13 @@ def _write_known(
     is_repeated[1:] |= same
     is_repeated[:-1] |= same
     found = records[order[is_repeated], 1]
-    with ShuffleWriter(shuffle / "known" / f"bucket-{bucket:05d}.bin", parts) as writer:
+    with ShuffleWriter(shuffle / "known" / f"{bucket_name(bucket)}.bin", parts) as writer:
         writer.write(part_of(found), found[:, None])
     return {"seeds": len(found)}
 
 
 def _write_windows(
-    known_files: int, settings: SpanSettings, path: Path, shuffle: Path, buckets: int
+    known_files: int, settings: SpanSettings, shuffle: Path, buckets: int, path: Path
 ) -> dict[str, Any]:
     """Rows of (hash, hash, address of the first word) of every span that holds a repeated seed."""
     part, size = part_number(path), settings.span_words
@@ -185,12 +179,12 @@ def _write_windows(
 
 
 def _write_matches(
-    settings: SpanSettings, bucket: int, shuffle: Path, files: int, parts: int
+    settings: SpanSettings, shuffle: Path, files: int, parts: int, bucket: int
 ) -> dict[str, Any]:
     """The addresses of spans that occurred before and do not overlap the earliest such, to their parts."""
     found = later_occurrences(read_rows(shuffle_files(shuffle / "windows", files), bucket, repeats.COLUMNS))
     found = found[found[:, 1] + np.uint64(settings.span_words) <= found[:, 0]]
-    with ShuffleWriter(shuffle / "matches" / f"bucket-{bucket:05d}.bin", parts) as writer:
+    with ShuffleWriter(shuffle / "matches" / f"{bucket_name(bucket)}.bin", parts) as writer:
         writer.write(part_of(found[:, 0]), found[:, :1])
     return {"spans": len(found)}
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 from data_tools.ingest.found import HEAD_BYTES, SetAside
 from megalite.data.folder import disk_errors
-from megalite.data.staging import fsync
+from megalite.data.staging import commit_file, staging_of
 
 FOLDER = "aside"
 
@@ -24,7 +23,7 @@ class AsideWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._staging = staging_of(path)
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Self:
@@ -57,9 +56,7 @@ class AsideWriter:
             with disk_errors(self._path):
                 self._file.close()
                 if kind is None:
-                    fsync(self._staging)
-                    self._staging.rename(self._path)
-                    fsync(self._path.parent)
+                    commit_file(self._staging, self._path)
         finally:
             self._staging.unlink(missing_ok=True)
 

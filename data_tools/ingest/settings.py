@@ -6,8 +6,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from data_tools.documents import MAX_DOCUMENT_BYTES
 from megalite.config.section import Section
+
+MAX_DOCUMENT_BYTES = 1 << 30  # with what else is in its batch, what 32-bit offsets can say
 
 Format = Literal["auto", "jsonl", "table", "text", "code", "html", "warc"]
 

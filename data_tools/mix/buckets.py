@@ -13,20 +13,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
-from data_tools.crew import Crew, Task
-from data_tools.documents import read_part, texts, with_column
+from data_tools.crew import Crew
+from data_tools.documents import BUCKET, check_number, read_part, rows_by_source, texts, with_column
 from data_tools.flow import KEPT, Flow
-from data_tools.step import Step, read_report, step_parts
+from data_tools.step import Step, part_tasks, read_report, step_parts, step_schema
 from megalite.config.section import Section
-from megalite.errors import DataError
 
 KIND = "buckets"
 VERSION = 1
-COLUMN = "bucket"
 LENGTH = "length"
 
 Histogram = dict[str, dict[int, int]]  # source → leading bits of a document's key → bytes of text
@@ -48,12 +45,12 @@ def run(settings: BucketSettings, source: Path, out: Path, crew: Crew, renew: bo
 
     Raises:  DataError if a part has no such column, or it does not hold numbers
     """
+    if (schema := step_schema(source)) is not None:
+        check(settings, schema, str(source))
     step = Step(out, KIND, VERSION, settings, [source], crew, renew=renew)
     if step.is_finished:
         return Flow.from_json(read_report(out))
     parts = step_parts(source)
-    for path in parts:
-        _check_column(path, settings.by)
     coarse = _histogram(step, parts, settings.by, "histogram")
     split = {name: _bounds(bins, settings.num_buckets) for name, bins in coarse.items()}
     wanted = {name: sorted({half for half, _ in places}) for name, places in split.items()}
@@ -62,6 +59,12 @@ def run(settings: BucketSettings, source: Path, out: Path, crew: Crew, renew: bo
     flows = step.map_parts(parts, partial(_assign, settings.by, bounds))
     values = {name: [_value(bound) for bound in each] for name, each in sorted(bounds.items())}
     return step.finish(flows, by=settings.by, upper_bounds=values)
+
+
+def check(settings: BucketSettings, schema: pa.Schema, source: str) -> None:
+    """Raises:  DataError unless documents with these columns can be ordered so"""
+    if settings.by != LENGTH:
+        check_number(schema, settings.by, "buckets.by", source)
 
 
 def order_keys(values: NDArray[np.float64]) -> NDArray[np.uint32]:
@@ -84,22 +87,6 @@ def _value(key: int) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _check_column(path: Path, by: str) -> None:
-    """Raises:  DataError unless the part has numbers to order by"""
-    if by == LENGTH:
-        return
-    try:
-        schema = pq.read_schema(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-    index = schema.get_field_index(by)
-    if index < 0:
-        raise DataError(f"{path} has no column {by} (buckets.by); it has {', '.join(schema.names)}")
-    kind = schema.field(index).type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        raise DataError(f"{path}: column {by} (buckets.by) holds {kind}, not numbers")
-
-
 def _keys(batch: pa.RecordBatch, by: str) -> tuple[NDArray[np.uint32], int]:
     """The key of each row, and how many rows have no number."""
     if by == LENGTH:
@@ -109,22 +96,13 @@ def _keys(batch: pa.RecordBatch, by: str) -> tuple[NDArray[np.uint32], int]:
     return order_keys(numbers), int(np.isnan(numbers).sum())
 
 
-def _by_source(batch: pa.RecordBatch) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Each source of a batch, and which rows are of it."""
-    encoded = batch.column("source").dictionary_encode()
-    codes = encoded.indices.to_numpy()
-    for code, name in enumerate(encoded.dictionary.to_pylist()):
-        yield name, codes == code
-
-
 def _histogram(
     step: Step, parts: Sequence[Path], by: str, phase: str, wanted: Mapping[str, Sequence[int]] | None = None
 ) -> Histogram:
     """Bytes of text of all parts by source and the leading half of the key; with `wanted` leading halves by
     source, by the whole key of the documents that have one of these."""
-    tasks = [Task(path.stem, partial(_count, path, by, wanted), path.stat().st_size) for path in parts]
     total: Histogram = {}
-    for counts in step.run(phase, tasks):
+    for counts in step.run(phase, part_tasks(parts, partial(_count, by, wanted))):
         for source, bins in counts.items():
             mine = total.setdefault(source, {})
             for key, size in bins.items():
@@ -132,13 +110,13 @@ def _histogram(
     return total
 
 
-def _count(path: Path, by: str, wanted: Mapping[str, Sequence[int]] | None) -> dict[str, Any]:
+def _count(by: str, wanted: Mapping[str, Sequence[int]] | None, path: Path) -> dict[str, Any]:
     found: dict[str, dict[int, int]] = {}
     columns = ["source", "text"] if by == LENGTH else ["source", "text", by]
     for batch in read_part(path, columns):
         keys, sizes = _keys(batch, by)[0], texts(batch.column("text")).sizes
         coarse = keys >> np.uint32(16)
-        for source, rows in _by_source(batch):
+        for source, rows in rows_by_source(batch):
             counted = coarse[rows]
             mine = sizes[rows]
             if wanted is not None:
@@ -180,11 +158,11 @@ def _assign(by: str, bounds: Mapping[str, Sequence[int]], path: Path, flow: Flow
         keys, without = _keys(batch, by)
         flow.count("documents without a number, in q0", without)
         number = np.zeros(batch.num_rows, dtype=np.int64)
-        for source, rows in _by_source(batch):
+        for source, rows in rows_by_source(batch):
             number[rows] = np.searchsorted(np.array(bounds[source], dtype=np.uint32), keys[rows], side="left")
             counts = np.bincount(number[rows])
             for bucket in np.flatnonzero(counts).tolist():
                 flow.count(f"documents in {source}.q{bucket}", int(counts[bucket]))
         flow.pass_batch(batch, np.full(batch.num_rows, KEPT), [])
         names = pa.array([f"q{bucket}" for bucket in range(int(number.max(initial=0)) + 1)], pa.string())
-        yield with_column(batch, COLUMN, names.take(pa.array(number)))
+        yield with_column(batch, BUCKET, names.take(pa.array(number)))

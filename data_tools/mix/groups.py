@@ -5,18 +5,17 @@ data/<group>/train and data/<group>/valid lie in the step's folder; a group is `
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from data_tools.pieces import DATA
 from megalite.data.folder import LocalFolder
 from megalite.data.manifest import MANIFEST_FILE, load_manifest
-from megalite.errors import DataError
+from megalite.errors import DataError, nearest
 
-DATA = "data"  # in the folder of a tokenization
 _BUCKETED = re.compile(r"(.+)\.q(\d+)")
 
 
@@ -72,9 +71,7 @@ def check_names(given: Iterable[str], sources: Sequence[str], key: str) -> None:
     """Raises:  DataError naming a source that is not there, and the nearest that is"""
     for name in given:
         if name not in sources:
-            near = difflib.get_close_matches(name, sources, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sources)}"
-            raise DataError(f"{key} names {name!r}, which is no source; {hint}")
+            raise DataError(f"{key} names {name!r}, which is no source; {nearest(name, sources)}")
 
 
 def _read(folder: Path) -> Group:

@@ -26,10 +26,9 @@ from data_tools.step import Step, read_report
 from megalite.config import DataConfig
 from megalite.config.section import Section, divisors
 from megalite.config_file import toml_value
-from megalite.data.folder import disk_errors
 from megalite.data.mixture import MAX_PERIOD
 from megalite.data.schedule import Blend, build_phases
-from megalite.data.staging import fsync
+from megalite.data.staging import write_text
 from megalite.errors import DataError
 
 KIND = "mix"
@@ -272,13 +271,7 @@ def _write_plan(settings: MixSettings, tokenized: Path, out: Path) -> dict[str, 
     text = _render(plan, data_section(plan, out))
     section = DataConfig.model_validate(tomllib.loads(text)["data"])  # as a run will read it
     drawn = simulate(plan, section)
-    path = out / MIXTURE_FILE
-    staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        staging.write_text(text, encoding="utf-8")
-        fsync(staging)
-        staging.rename(path)
-        fsync(out)
+    write_text(out / MIXTURE_FILE, text)
     return _report(plan, groups, drawn)
 
 

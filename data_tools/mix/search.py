@@ -6,6 +6,7 @@ Mixture i depends on the seed and i alone, so a search can be killed, shared by 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -109,7 +110,10 @@ def run(settings: SearchSettings, tokenized: Path, out: Path, crew: Crew, renew:
     found = step.once(f"fit-{digest}", partial(_conclude, settings, prior, target, mixtures, losses))
     if crew.is_first:
         write_json(out / f"{PROPOSAL}.json", found)
-    return step.finish([Flow()])
+        print(f"search: {found['conclusion']}", file=sys.stderr, flush=True)
+    flow = Flow()
+    flow.count("proxy runs", settings.runs)
+    return step.finish([flow], anew=True, conclusion=found["conclusion"], weights=found["weights"])
 
 
 def read_proposal(out: Path) -> dict[str, float]:

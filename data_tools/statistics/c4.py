@@ -63,7 +63,7 @@ _PHRASES = {
 }
 
 # What is counted of each document.
-_COLUMNS = (
+_COUNTS = (
     *(f"c4_{rule}_lines" for rule in LINE_RULES),
     *(f"c4_{rule}_chars" for rule in LINE_RULES),
     "c4_lines",
@@ -74,12 +74,12 @@ _COLUMNS = (
     "c4_sentences",
     "c4_long_lines",
 )
-COLUMNS = (*_COLUMNS, "c4_removed_chars", "c4_bad_words")
+COLUMNS = (*_COUNTS, "c4_removed_chars", "c4_bad_words")
 _CHARS = len(LINE_RULES)  # from here by rule
 _LINES, _CITATIONS, _CITATION_CHARS, _LOREM_LINES, _CURLY, _SENTENCES, _LONG_LINES = range(
-    2 * len(LINE_RULES), len(_COLUMNS)
+    2 * len(LINE_RULES), len(_COUNTS)
 )
-_ALL_CHARS = len(_COLUMNS)  # of all lines
+_ALL_CHARS = len(_COUNTS)  # of all lines
 
 _NEWLINE, _OPEN, _CLOSE, _CURLY_BRACKET = 0x0A, 0x5B, 0x5D, 0x7B
 _EDIT, _NEEDED = (np.frombuffer(text, np.uint8) for text in (b"[edit]", b"[citation needed]"))
@@ -131,7 +131,7 @@ class C4Edit:
         edited = edited[: bounds[-1]]
         bad_words = None if self._bad_words is None else self._bad_words.count(edited, bounds)
         batch = with_column(batch, "text", text_column(edited, bounds))
-        for number, name in enumerate(_COLUMNS):
+        for number, name in enumerate(_COUNTS):
             batch = with_column(batch, name, counts[:, number].astype(np.int32))
         removed = counts[:, _CHARS:][:, np.flatnonzero(self._rules.remove)].sum(1)
         share = (removed + counts[:, _CITATION_CHARS]) / np.maximum(1, counts[:, _ALL_CHARS])

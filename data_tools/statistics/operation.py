@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pyarrow as pa
 
 from data_tools.flow import Flow
@@ -12,19 +14,23 @@ from data_tools.statistics.gopher import GopherStatistics
 from data_tools.statistics.phrases import digest
 from data_tools.statistics.settings import StatisticsSettings
 
-PREFIXES = ("gopher_", "c4_", "fineweb_")  # of the columns
+Operation = Callable[[pa.RecordBatch, Flow], pa.RecordBatch]
+
+# What measures, and the columns it adds; each is on or off by a setting of its name, in this order.
+_MEASURES: dict[str, tuple[Callable[[StatisticsSettings], Operation], Sequence[str]]] = {
+    "gopher": (GopherStatistics, gopher.COLUMNS),
+    "c4": (C4Edit, c4.COLUMNS),
+    "fineweb": (FineWebStatistics, fineweb.COLUMNS),
+}
 
 
 class Statistics:
     """Gopher's on the text as it comes, C4's edits, FineWeb's on the text they leave; those that are on."""
 
     def __init__(self, settings: StatisticsSettings) -> None:
-        choice = (
-            (settings.gopher, GopherStatistics),
-            (settings.c4, C4Edit),
-            (settings.fineweb, FineWebStatistics),
-        )
-        self._operations = [make(settings) for is_on, make in choice if is_on]
+        self._operations = [
+            make(settings) for name, (make, _) in _MEASURES.items() if getattr(settings, name)
+        ]
 
     def __call__(self, batch: pa.RecordBatch, flow: Flow) -> pa.RecordBatch:
         """The batch with columns of numbers; every row stays."""
@@ -35,12 +41,7 @@ class Statistics:
 
 def columns(settings: StatisticsSettings) -> list[str]:
     """The names of the columns that are added."""
-    choice = (
-        (settings.gopher, gopher.COLUMNS),
-        (settings.c4, c4.COLUMNS),
-        (settings.fineweb, fineweb.COLUMNS),
-    )
-    return [name for is_on, names in choice if is_on for name in names]
+    return [name for on, (_, names) in _MEASURES.items() if getattr(settings, on) for name in names]
 
 
 def fingerprints(settings: StatisticsSettings) -> list[str]:

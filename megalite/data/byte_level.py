@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import difflib
 import json
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from megalite.errors import DataError
+from megalite.errors import DataError, nearest
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CL100K = (
@@ -105,16 +104,15 @@ def from_ranks(lines: Iterable[bytes], pattern: str | None, origin: str) -> str:
 
 
 def _encoding(count: int, pattern: str | None, origin: str) -> Encoding:
-    known = ", ".join(ENCODINGS)
     if pattern is None:
         for encoding in ENCODINGS.values():
             if encoding.ranks == count:
                 return encoding
-        raise DataError(f"{origin} has {count} ranks, as no known encoding; name its pattern, one of {known}")
+        raise DataError(
+            f"{origin} has {count} ranks, as no known encoding; name its pattern: {', '.join(ENCODINGS)}"
+        )
     if pattern not in ENCODINGS:
-        near = difflib.get_close_matches(pattern, ENCODINGS, n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
-        raise DataError(f"pattern {pattern!r} is not known{meant}; there are {known}")
+        raise DataError(f"pattern {pattern!r} is not known; {nearest(pattern, ENCODINGS)}")
     return ENCODINGS[pattern]
 
 

@@ -1,4 +1,4 @@
-"""A dataset's folder before it has its name: what is finished in it, how it appears, how it is cleared.
+"""What is written before it has its name: how a file or a dataset's folder appears, and is cleared.
 
 The journal is a text file, one JSON object a line. The first line says how the dataset is written,
 each further one records a finished shard and how much of the input it and those before it hold. A
@@ -150,6 +150,32 @@ def commit_folder(staging: Path, folder: Path) -> None:
     fsync(staging)
     staging.rename(folder)
     fsync(folder.parent)
+
+
+def staging_of(path: Path) -> Path:
+    """Where this process writes a file before `commit_file` gives it its name."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def commit_file(staging: Path, path: Path) -> None:
+    """Make a file durable, then let it appear under its name."""
+    fsync(staging)
+    staging.rename(path)
+    fsync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file that appears whole and durable, or not at all; lone surrogates as escapes.
+
+    Raises:  DataError if the disk refuses
+    """
+    staging = staging_of(path)
+    with disk_errors(path):
+        try:
+            staging.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+            commit_file(staging, path)
+        finally:
+            staging.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

@@ -104,7 +104,7 @@ class JsonTokenizer:
 
     def __init__(self, content: str, eos_token: str | None = None, origin: str = TOKENIZER_FILE) -> None:
         try:
-            self._inner = _tokenizers().Tokenizer.from_str(content)
+            self._inner = tokenizers_package().Tokenizer.from_str(content)
         except DataError:
             raise
         except Exception as error:  # the package raises bare Exception
@@ -203,7 +203,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     """
     if vocab_size < 257:
         raise DataError(f"vocab_size={vocab_size}: a byte-level BPE needs at least 257 (256 bytes and eos)")
-    package = _tokenizers()
+    package = tokenizers_package()
     seen = 0
 
     def counted() -> Iterable[str]:
@@ -315,7 +315,11 @@ def _eos_from_config(content: str, origin: str) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _tokenizers() -> Any:
+def tokenizers_package() -> Any:
+    """The optional package `tokenizers`.
+
+    Raises:  DataError if it is not installed
+    """
     try:
         import tokenizers
     except ImportError:

@@ -99,7 +99,13 @@ def test_a_source_whose_documents_are_all_alike_has_one_bucket(tmp_path: Path) -
     assert {row["bucket"] for row in rows_of(tmp_path / "out")} == {"q0"}
 
 
-@pytest.mark.parametrize(("by", "words"), [("qualty", "no column qualty"), ("meta", "not numbers")])
+@pytest.mark.parametrize(
+    ("by", "words"),
+    [
+        ("qualty", r"'qualty'; did you mean 'quality'\?"),
+        ("meta", "buckets.by: .* no column of numbers 'meta'"),
+    ],
+)
 def test_a_column_that_cannot_be_used(tmp_path: Path, by: str, words: str) -> None:
     source = write_rows(tmp_path / "in", [rows(3)], SCORED)
     with crew(tmp_path) as hands, pytest.raises(DataError, match=words):

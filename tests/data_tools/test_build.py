@@ -130,6 +130,15 @@ def write_recipe(path: Path, more: str) -> Path:
             r"gopher_wrods'; did you mean 'gopher_words'",
         ),
         ("[filter]", r"filter: .*add a \[clean\] table"),
+        (
+            '[clean]\n[near]\nkeep = "best"\nbest_column = "quality"',
+            r"near\.best_column: \[clean\] has no column of numbers 'quality'; there are .*language_score",
+        ),
+        (
+            '[clean]\n[filter]\nkeep_statistics = false\n[buckets]\nby = "gopher_words"',
+            r"buckets\.by: \[clean\] has no column of numbers 'gopher_words'",
+        ),
+        ('[buckets]\nby = "quality"', r"buckets\.by: a corpus without \[clean\] has no column"),
         ("[mix]", r"mix: there is nothing to mix without shards; add a \[tokenize\] table"),
     ],
 )
@@ -141,6 +150,32 @@ def test_a_misspelt_recipe_is_refused_before_any_work(
         load_recipe(path)
     assert main(["data", "build", str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ('[tokenize]\ntokenizer = "gone.json"', r"gone\.json"),
+        ('[decontaminate]\nfiles = [{path = "gone.jsonl", fields = ["a"]}]', r"evaluation file gone\.jsonl"),
+        (
+            '[decontaminate]\nfiles = [{path = "exam.jsonl", fields = ["a"]}]',
+            r"exam\.jsonl:1 has no text",
+        ),
+        ('[clean.quality]\nmodel = "gone.bin"\nlabel = "good"', r"gone\.bin|fasttext"),
+        ("[tokenize]", r"needs the tokenizers package"),
+    ],
+)
+def test_what_a_later_step_needs_is_missed_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    write_recipe(tmp_path / "recipe.toml", more)
+    (tmp_path / "web.jsonl").write_text('{"text": "One."}\n')
+    (tmp_path / "exam.jsonl").write_text('{"b": "One."}\n')
+    with crew(tmp_path / "out") as work, pytest.raises(DataError, match=message):
+        build(load_recipe(tmp_path / "recipe.toml"), work)
+    assert not (tmp_path / "out/ingest").exists()
 
 
 def test_a_recipe_is_printed_as_it_is_read(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from data_tools import crew as crew_module
+from data_tools import progress as progress_module
 from data_tools.crew import Crew, Place, Task, place_from_environment, read_marker
 from megalite.errors import DataError
 
@@ -155,6 +156,35 @@ def run_rank(root: Path, rank: int) -> None:
 )
 def test_launchers_say_who_we_are(environ: dict[str, str], place: Place) -> None:
     assert place_from_environment(environ) == place
+
+
+def test_ranks_of_one_machine_share_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert Crew(tmp_path).workers == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert Crew(tmp_path).workers == 2
+    assert Crew(tmp_path, 5).workers == 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert Crew(tmp_path).workers == 1
+
+
+def test_progress_is_of_bytes_or_of_tasks_without_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress_module, "QUIET_S", -1.0)
+    monkeypatch.setattr(progress_module, "LINE_EVERY_S", 0.0)
+    mine = tasks(tmp_path / "out", 2)
+    with Crew(tmp_path, 1) as crew:
+        crew.run(tmp_path / "counted", mine, "buckets")
+        sized = [Task(task.name, task.run, (number + 1) << 20) for number, task in enumerate(mine)]
+        crew.run(tmp_path / "sized", sized, "parts")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "buckets: 1 of 2 tasks",
+        "buckets: 2 of 2 tasks",
+        "parts: 1.0 of 3.0 MiB",
+        "parts: 3.0 of 3.0 MiB",
+    ]
 
 
 @pytest.mark.parametrize("rank", ["4", "-1", "x"])

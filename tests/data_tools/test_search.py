@@ -131,7 +131,11 @@ def test_a_search_goes_on_after_a_kill_and_can_be_made_longer(
     with pytest.raises(DataError, match="killed"):
         look(tokenized, killed, monkeypatch, "killed", runs=12)
     assert look(tokenized, again, monkeypatch, "killed", runs=12)["runs"] == whole["runs"][:12]
+    assert read_report(tokenized.parent / "killed")["counters"] == {"proxy runs": 12}
     assert look(tokenized, longer, monkeypatch, "killed", runs=14) == whole
+    report = read_report(tokenized.parent / "killed")
+    assert report["counters"] == {"proxy runs": 14}
+    assert report["conclusion"] == whole["conclusion"]
     assert (killed.done, again.done, longer.done) == ([*range(9)], [9, 10, 11], [12, 13])
     same = look(tokenized, Proxies(surface), monkeypatch, "same", runs=14)
     assert same == whole

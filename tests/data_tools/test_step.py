@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from data_tools.crew import Crew, Place
+from data_tools.crew import Crew, Place, Task
 from data_tools.documents import read_part
 from data_tools.flow import KEPT, Flow
 from data_tools.step import Step, read_report, step_parts
@@ -71,7 +73,9 @@ def test_a_step_hands_on_what_it_kept_and_counts_the_rest(tmp_path: Path, source
     ]
 
 
-def test_a_finished_step_is_left_alone_and_one_made_otherwise_refused(tmp_path: Path, source: Path) -> None:
+def test_a_finished_step_is_left_alone_and_one_made_otherwise_refused(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(source, tmp_path / "out")
     before = files_of(tmp_path / "out")
     shutil.rmtree(tmp_path / "out/parts")
@@ -80,6 +84,7 @@ def test_a_finished_step_is_left_alone_and_one_made_otherwise_refused(tmp_path: 
     with pytest.raises(DataError, match=r"out was made with settings\.most=4, not 5; name another folder"):
         run(source, tmp_path / "out", 5)
     run(source, tmp_path / "out", 5, renew=True)
+    assert "short: made again, was made with settings.most=4, not 5" in capsys.readouterr().err
     assert texts_of(tmp_path / "out") == ["one", "three", "seven", ""]
     run(source, tmp_path / "out", 4, renew=True)
     assert files_of(tmp_path / "out") == before
@@ -91,6 +96,63 @@ def test_another_input_makes_another_step(tmp_path: Path, source: Path) -> None:
     run(tmp_path / "short", tmp_path / "out2", 4)
     with pytest.raises(DataError, match="was made with inputs="):
         run(source, tmp_path / "out2", 4)
+
+
+def test_a_fingerprint_that_is_not_that_of_its_file_is_told(tmp_path: Path, source: Path) -> None:
+    run(source, tmp_path / "out")
+    path = tmp_path / "out/step.json"
+    path.write_text(path.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    with pytest.raises(DataError, match=r"another fingerprint than its step\.json gives"):
+        run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("which", ["part-000000.parquet", "part-000001.parquet", "*"])
+def test_parts_that_are_gone_are_no_empty_corpus(tmp_path: Path, source: Path, which: str) -> None:
+    run(source, tmp_path / "out")
+    for path in (source / "parts").glob(which):
+        path.unlink()
+    left = 0 if which == "*" else 1
+    message = rf"in/parts has {left} of 2 parts; remove .* makes it again"
+    with pytest.raises(DataError, match=message):
+        run(source, tmp_path / "out", 5, renew=True)
+    assert texts_of(tmp_path / "out") == ["one", ""]  # what is there is not given up for what cannot be made
+    with pytest.raises(DataError, match=message):
+        run(source, tmp_path / "new")
+
+
+def test_a_step_without_documents_hands_on_none(tmp_path: Path) -> None:
+    assert step_parts(write_step(tmp_path / "in", [])) == []
+
+
+def test_the_leftovers_of_kills_go(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    (out / "report.json").unlink()
+    (out / "tokenizer.tmp/deeper.tmp").mkdir(parents=True)
+    (out / "parts/part-000000.parquet.17.tmp").write_text("half")
+    run(source, out)
+    assert not list(out.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_time_and_memory_of_workers_is_told(tmp_path: Path, workers: int) -> None:
+    began = time.process_time()
+    with Crew(tmp_path, workers) as crew:
+        step = Step(tmp_path / "out", "busy", 1, Limits(), [], crew)
+        step.run("work", [Task(f"t{n}", work_for_a_while) for n in range(2)])
+        step.finish([])
+    timing = json.loads((tmp_path / "out/timing.json").read_text())
+    assert timing["cpu_s"] >= 0.4
+    assert timing["cpu_s"] - (time.process_time() - began) <= (0.0 if workers == 1 else timing["wall_s"] * 2)
+    assert 20 << 20 < timing["peak_process_bytes"] < 100 << 30
+
+
+def work_for_a_while() -> dict[str, int]:
+    """A task that takes 0.2 seconds of a processor."""
+    end = time.process_time() + 0.2
+    while time.process_time() < end:
+        pass
+    return {}
 
 
 def test_an_unfinished_input_is_refused(tmp_path: Path, source: Path) -> None:
