@@ -70,5 +70,5 @@ for word in "$@"; do
     words+=("${quoted//\\ /$'$\'\\x20\''}")
 done
 # --force_multi: over ssh also when the file names one host, so that there is always a remote shell.
-exec deepspeed --force_multi --hostfile "$hostfile" "${options[@]}" --no_local_rank --module \
+exec deepspeed --force_multi --hostfile "$hostfile" "${options[@]}" --module \
     megalite train "${words[@]}"

@@ -26,7 +26,7 @@ examples:
   megalite train configs/quickstart.toml
   megalite train configs/125m.toml run_dir=runs/a optim.lr=6e-4 'data.sources=[{path="data/train"}]'
   torchrun --nproc-per-node 2 -m megalite train configs/quickstart.toml
-  deepspeed --no_local_rank --module megalite train configs/1b.toml
+  deepspeed --module megalite train configs/1b.toml
   megalite train configs/70b.toml --dry-run
 
 exit codes: 0 done, 2 a mistake in the input, 75 stopped after a save, 76 a rank hung or was lost, 77 diverged
@@ -97,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="megalite", description="A small, provably right trainer for decoder-only language models."
     )
     parser.add_argument("--version", action="version", version=f"megalite {__version__}")
+    # deepspeed's launcher puts it before the command, and says the same in LOCAL_RANK.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.set_defaults(func=None, show_help=parser.print_help)
     commands = parser.add_subparsers(metavar="COMMAND")
     train = commands.add_parser(

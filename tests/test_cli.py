@@ -103,7 +103,6 @@ def test_train_from_another_directory(config: Path, tmp_path: Path) -> None:
                 "2",
                 "--master_port",
                 "29611",
-                "--no_local_rank",
                 "--module",
                 "megalite",
             ],
@@ -234,7 +233,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for words in (
         "torchrun --nproc-per-node 2",
-        "deepspeed --no_local_rank",
+        "deepspeed --module megalite",
         "--dry-run",
         "75 stopped after a save",
     ):
