@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalite import __version__
@@ -41,6 +42,15 @@ examples:
   megalite plan --draw 1f1b --pp 4 --micro-batches 8
   megalite plan --draw interleaved --pp 4 --micro-batches 8 --chunks 2
   megalite plan --draw zero_bubble --pp 4 --micro-batches 8
+"""
+
+_SPIKES_HELP = """\
+examples:
+  megalite spikes runs/a                         every step left out, every rollback, with its curve
+  megalite spikes runs/a --documents 20          and the documents that were left out, 20 a rollback
+  megalite spikes runs/a --replay 1              was it the data? the first rollback's window, computed with
+                                                 the weights of the newest checkpoint
+  megalite spikes runs/a --replay 1 --at 4000    … or with those of another one
 """
 
 
@@ -120,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--keys", action="store_true", help="print every configuration key and leave")
     train.set_defaults(func=_train)
     _add_plan(commands)
+    _add_spikes(commands)
     _add_other_commands(commands)
     return parser
 
@@ -138,18 +149,30 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.set_defaults(func=_plan)
 
 
+def _add_spikes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "spikes",
+        help="list a run's spikes and the documents in them; replay one",
+        epilog=_SPIKES_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--documents", type=int, default=0, metavar="N", help="documents shown a rollback")
+    parser.add_argument("--replay", type=int, metavar="N", help="compute the N-th rollback's window again")
+    parser.add_argument("--at", type=int, metavar="STEP", help="with this checkpoint's weights")
+    parser.set_defaults(func=_spikes)
+
+
 def _add_other_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from data_tools.cli import add_commands as add_data_commands
     from megalite.checkpoint.command import add_command as add_checkpoint_command
     from megalite.generate import add_command as add_generate_commands
     from megalite.kernels_command import add_command as add_kernels_command
-    from megalite.spikes import add_command as add_spikes_command
 
     add_generate_commands(commands)
     add_kernels_command(commands)
     add_data_commands(commands)
     add_checkpoint_command(commands)
-    add_spikes_command(commands)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -182,6 +205,12 @@ def _plan(args: argparse.Namespace) -> int:
         draw(simulate(schedule), f"{args.draw}, {args.pp} ranks, {args.micro_batches} micro-batches{chunks}")
     )
     return 0
+
+
+def _spikes(args: argparse.Namespace) -> int:
+    from megalite.spikes import show
+
+    return show(args)
 
 
 def _run(config: Config, flag: PreemptionFlag) -> int:

@@ -21,32 +21,9 @@ _BARS = "▁▂▃▄▅▆▇█"
 _EXCERPT = 100  # characters of a document
 _OUTLIER = 5.0  # deviations of the batches beside a window, above which one of its own is no usual one
 
-_HELP = """\
-examples:
-  megalite spikes runs/a                         every step left out, every rollback, with its curve
-  megalite spikes runs/a --documents 20          and the documents that were left out, 20 a rollback
-  megalite spikes runs/a --replay 1              was it the data? the first rollback's window, computed with
-                                                 the weights of the newest checkpoint
-  megalite spikes runs/a --replay 1 --at 4000    … or with those of another one
-"""
 
-
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`megalite spikes`."""
-    parser = commands.add_parser(
-        "spikes",
-        help="list a run's spikes and the documents in them; replay one",
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--documents", type=int, default=0, metavar="N", help="documents shown a rollback")
-    parser.add_argument("--replay", type=int, metavar="N", help="compute the N-th rollback's window again")
-    parser.add_argument("--at", type=int, metavar="STEP", help="with this checkpoint's weights")
-    parser.set_defaults(func=_run)
-
-
-def _run(args: argparse.Namespace) -> int:
+def show(args: argparse.Namespace) -> int:
+    """`megalite spikes`: print what it was asked for."""
     if not (args.run / "config.toml").exists():
         raise ConfigError(f"{args.run} holds no config.toml; give a run folder")
     events = read_json_lines(args.run / LEDGER)

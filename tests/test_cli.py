@@ -246,3 +246,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_is_quick_because_torch_is_not_imported() -> None:
     code = "import sys, megalite.cli as c; c.main(['train', '--keys']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    code = (
+        "import sys, megalite.cli as c; c.main([]); sys.exit(bool({'pyarrow', 'pydantic'} & {*sys.modules}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
