@@ -92,9 +92,15 @@ class Step:
 
         `transform` is a module's function, or a partial of one. It yields at least one batch, without rows
         if nothing is left: `read_part` does so too.
+
+        Raises:  DataError of a task that fails, or naming a part that was removed since its task was done
         """
         tasks = part_tasks(sources, partial(_map_part, transform, self.folder / PARTS))
-        return [Flow.from_json(result) for result in self.run(PARTS, tasks)]
+        flows = [Flow.from_json(result) for result in self.run(PARTS, tasks)]
+        for source in sources:
+            if not (part := self.folder / PARTS / source.name).exists():
+                raise DataError(f"{part} is gone, though it was made; remove {self.folder}, and run again")
+        return flows
 
     def finish(self, flows: Sequence[Flow], *, anew: bool = False, **more: Any) -> Flow:
         """Write the report: the flows merged, and whatever else is worth telling, as JSON values.

@@ -181,6 +181,14 @@ def test_a_step_goes_on_where_it_stopped_to_the_same_bytes(tmp_path: Path, sourc
     assert files_of(tmp_path / "out") == before
 
 
+def test_a_part_that_is_gone_before_the_step_is_finished_is_missed(tmp_path: Path, source: Path) -> None:
+    run(source, tmp_path / "out")
+    for name in ("report.json", "parts/part-000001.parquet"):
+        (tmp_path / "out" / name).unlink()
+    with pytest.raises(DataError, match=r"part-000001\.parquet is gone, though it was made; remove"):
+        run(source, tmp_path / "out")
+
+
 def test_a_document_that_vanished_is_a_bug_and_said_so() -> None:
     flow = Flow()
     flow.sources = {
