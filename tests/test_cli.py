@@ -55,6 +55,7 @@ def test_a_signal_during_the_start_saves_the_first_step(config: Path, tmp_path: 
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000001"]
 
 
+@pytest.mark.slow
 def test_train_from_another_directory(config: Path, tmp_path: Path) -> None:
     done = _run(sys.executable, "-m", "megalite", "train", str(config), "run_dir=here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -203,6 +204,7 @@ def test_a_failure_leaves_its_code_where_a_supervisor_reads_it(
     assert main(["train", "nowhere.toml"]) == 2  # what cannot be written changes nothing
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_meet_end_with_76(config: Path, tmp_path: Path) -> None:
     lonely = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     command = [sys.executable, "-m", "megalite", "train", str(config), "resilience.comm_timeout_s=1"]

@@ -25,7 +25,10 @@ def observed(dataset: Dataset) -> list[object]:
     return [tokens.tolist(), boundaries.tolist(), mask.tolist(), names, dataset.tokenizer]
 
 
-@pytest.mark.parametrize("compression", [None, "lz4", "zstd", "zstd-shard"])
+@pytest.mark.parametrize(
+    "compression",
+    [None, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("lz4", "zstd", "zstd-shard"))],
+)
 def test_flipped_bits_are_never_silent(tmp_path, compression, monkeypatch):
     folder = tmp_path / "d"
     spans = [[(0, 1)] if n < 4 else [(1, 3), (3, n)] for n in LENGTHS]

@@ -70,6 +70,7 @@ def test_killed_anywhere_and_built_again_it_is_the_same(request: pytest.FixtureR
     assert found["wrong"] == {}
 
 
+@pytest.mark.slow
 def test_every_document_is_accounted_for_and_the_shards_are_read(tmp_path: Path) -> None:
     write_corpus(tmp_path / "text")
     out = tmp_path / "out"

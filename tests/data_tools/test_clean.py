@@ -55,6 +55,7 @@ def test_documents_are_cleaned_and_accounted_for(tmp_path: Path) -> None:
     assert read_report(tmp_path / "out")["step"] == "clean"
 
 
+@pytest.mark.slow
 def test_the_columns_that_are_added_are_known_beforehand(tmp_path: Path) -> None:
     source = write_step(tmp_path / "in", PARTS)
     with crew(tmp_path) as work:

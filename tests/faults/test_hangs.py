@@ -115,7 +115,7 @@ def hang(
     return codes, took, "".join(path.read_text() for path in sorted(run.glob("said_*")))
 
 
-CASES = [
+EVERY_DAY = [
     (
         2,
         "sleep_for_ever",
@@ -123,6 +123,16 @@ CASES = [
         1,
         ["rank 1 on", "is behind, in step 4 at", "in sleep_for_ever"],
     ),
+    (
+        2,
+        "skip",
+        "all_reduce",
+        1,
+        ["rank 1 began", "where rank 0 began all_reduce of 48 bytes", "left one out"],
+    ),
+    (3, "die", "forward_backward", 1, ["rank 1 on", "is gone (its last: all_gather number"]),
+]
+LONGER = [
     (
         3,
         "sleep_for_ever",
@@ -138,20 +148,15 @@ CASES = [
         ["rank 0 on", "is stopped (its last: all_gather number", "rank 1 waits in red"],
     ),
     (2, "hold_the_interpreter", "forward_backward", 1, ["rank 1 on", "runs but does not answer"]),
-    (3, "die", "forward_backward", 1, ["rank 1 on", "is gone (its last: all_gather number"]),
     (3, "refuse", "forward_backward", 1, ["rank 1 on", "left with DataError: shard 7 is corrupt"]),
-    (
-        2,
-        "skip",
-        "all_reduce",
-        1,
-        ["rank 1 began", "where rank 0 began all_reduce of 48 bytes", "left one out"],
-    ),
     (3, "skip", "all_reduce", 2, ["rank 2 began", "where ranks 0, 1 began all_reduce of 48 bytes"]),
 ]
 
 
-@pytest.mark.parametrize(("world", "fault", "where", "faulty", "words"), CASES)
+@pytest.mark.parametrize(
+    ("world", "fault", "where", "faulty", "words"),
+    [*EVERY_DAY, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONGER)],
+)
 def test_the_culprit_is_named(
     config: Path, tmp_path: Path, world: int, fault: str, where: str, faulty: int, words: list[str]
 ) -> None:

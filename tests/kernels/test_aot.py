@@ -35,6 +35,7 @@ def compiled() -> dict[aot.Case, aot.Found]:
 
 @needs_that_triton
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.slow
 def test_shipped_kernels_fit_and_do_not_spill(arch: str, compiled: dict[aot.Case, aot.Found]) -> None:
     found = [
         f"{name}: {problem}"
@@ -47,6 +48,7 @@ def test_shipped_kernels_fit_and_do_not_spill(arch: str, compiled: dict[aot.Case
 
 @needs_that_triton
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.slow
 def test_shipped_kernels_take_the_registers_they_took(arch: str, compiled: dict[aot.Case, aot.Found]) -> None:
     found = {name: result for (of, name), result in compiled.items() if of == arch}
     said = aot.changes(aot.read_golden(GOLDEN, arch), found)

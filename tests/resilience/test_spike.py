@@ -120,6 +120,7 @@ def test_a_slow_divergence_is_found_with_its_onset(seed: int) -> None:
     assert abs(detector.slow_onset - onset) <= 20 * BLOCK
 
 
+@pytest.mark.slow
 def test_a_noisy_loss_climbs_nowhere() -> None:
     """Of batches of a few hundred tokens: a tenth up or down from step to step."""
     for seed in range(4):

@@ -54,6 +54,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 def test_rows_that_grow_and_a_mixture_that_changes_give_one_answer_on_every_layout(
     root: Path, alone: Mesh
 ) -> None:
@@ -115,6 +116,7 @@ def _train_or_fail(mesh: Mesh, config: Config) -> tuple[list[dict[str, Any]], st
     return metrics(Path(config.run_dir)), "", False
 
 
+@pytest.mark.slow
 def test_damaged_record_batches_are_replaced_reported_and_at_last_too_many(root: Path, alone: Mesh) -> None:
     damage(root / "bad", [3, 10])
     source = f"data.sources=[{{path='{root}/bad'}}]"
