@@ -279,3 +279,17 @@ def test_disk_full_while_saving_keeps_the_older_checkpoint(
     assert [r["step"] for r in metrics(root / "run")] == list(range(1, 9))  # step 6's failure ended nothing
     events = [json.loads(line) for line in (root / "run/ledger.jsonl").read_text().splitlines()]
     assert [(e["event"], e["step"]) for e in events] == [("start", 0), ("save_failed", 6)]
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_an_interval_far_too_long_is_told_before_the_first_save(
+    root: Path, alone: Mesh, capsys: pytest.CaptureFixture[str], asynchronous: str
+) -> None:
+    """Saved every 10⁶ steps, with a failure every 36 s. Without failures to speak of nothing is said."""
+    common = ["train.steps=4", "checkpoint.every_steps=1000000", f"checkpoint.asynchronous={asynchronous}"]
+    train(alone, tiny(root, *common, "resilience.mtbf_hours=0.01"))
+    told = [line for line in capsys.readouterr().err.splitlines() if "every_steps" in line]
+    assert len(told) == 1
+    assert "far from the best: a save should cost about" in told[0]
+    train(alone, tiny(root, *common, "resilience.mtbf_hours=1e12", f"run_dir={root}/steady"))
+    assert "every_steps" not in capsys.readouterr().err
