@@ -76,7 +76,7 @@ class Trainer:
         # Not before: a config that does not fit the run in run_dir must leave its files alone.
         together(self._prepare_run_dir, mesh)
         self.log = RunLog(self.run_dir, mesh.rank == 0, config.train.steps, config.log.every_steps)
-        self.writer = Writer(config, mesh, self.log, self.step)
+        self.writer = Writer(config, mesh, self.log, self.step, self.engine.num_parameters)
         self.watch = RankWatch(config, mesh, self.engine, self.log)
         self._announce(found)
 

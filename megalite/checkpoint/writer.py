@@ -24,7 +24,7 @@ from torch.distributed import DistError
 
 from megalite.checkpoint.commit import save
 from megalite.checkpoint.format import TensorSlice
-from megalite.checkpoint.interval import advice
+from megalite.checkpoint.interval import advice, estimate
 from megalite.checkpoint.retention import Retention
 from megalite.checkpoint.snapshots import Snapshot
 from megalite.checkpoint.store import Checkpoint, newest
@@ -32,6 +32,9 @@ from megalite.config import Config
 from megalite.errors import CheckpointError, HangError, MegaliteError
 from megalite.log import RunLog
 from megalite.parallel.mesh import Mesh
+
+_BYTES = 12  # a parameter: its weight and two moments in fp32
+_TIMED_POLLS = 3  # the first comes after a step that may have compiled
 
 
 class Source(Protocol):
@@ -60,8 +63,8 @@ class Writer:
     Left by a `with` statement, it waits for the save under way, except when a peer is lost.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, log: RunLog, step: int) -> None:
-        """For a run that starts, or goes on, at `step`."""
+    def __init__(self, config: Config, mesh: Mesh, log: RunLog, step: int, num_parameters: int) -> None:
+        """For a run that starts, or goes on, at `step`, of a model of so many parameters."""
         self._root = Path(config.run_dir) / "checkpoints"
         self._config, self._mesh, self._log = config, mesh, log
         keys = config.checkpoint
@@ -70,9 +73,15 @@ class Writer:
         self._memory: Snapshot | None = None  # of the last save, for the next
         self._began_at, self._first_step = time.perf_counter(), step
         self._has_advised = keys.every_steps == 0
+        replicas = mesh.dp.size if config.mesh.zero_stage == 0 else mesh.replicas.size
+        self._share_bytes = _BYTES * num_parameters * replicas // mesh.size
+        self._estimate: tuple[float, float] | None = None
+        self._polled_at: list[float] = []  # after each of the first steps
 
     def __enter__(self) -> Self:
-        """Begin to time the steps."""
+        """Try the disk, and begin to time the steps."""
+        if not self._has_advised:
+            self._estimate = estimate(self._root.parent, self._share_bytes, self._mesh.device)
         self._began_at = time.perf_counter()
         return self
 
@@ -120,10 +129,14 @@ class Writer:
         self._under_way = _Save(step, step_s, time.perf_counter() - began, seconds)
 
     def poll(self) -> None:
-        """Tell of a save that has finished meanwhile; does not wait.
+        """After each step: tell of a save that has finished meanwhile; does not wait.
 
         Raises:  PeerError if a peer was lost while saving
         """
+        if len(self._polled_at) < _TIMED_POLLS:
+            self._polled_at.append(time.perf_counter())
+            if len(self._polled_at) == _TIMED_POLLS:
+                self._advise_early()
         if self._under_way is not None and self._under_way.seconds.done():
             self.wait()
 
@@ -164,13 +177,25 @@ class Writer:
         save(self._root, step, position, slices, meta, self._mesh, self._keep, verify)
         return time.perf_counter() - began
 
+    def _advise_early(self) -> None:
+        """Before the first save, which may be hours ahead: whether the interval fits what it will cost."""
+        if self._has_advised or self._estimate is None:
+            return
+        copy_s, write_s = self._estimate
+        stall_s = copy_s if self._config.checkpoint.asynchronous else write_s
+        first, *_, last = self._polled_at
+        self._say_advice((last - first) / (_TIMED_POLLS - 1), stall_s, write_s, is_estimate=True)
+
     def _advise(self, done: _Save, seconds: float) -> None:
         """Once, after the first save: whether `checkpoint.every_steps` fits what it cost."""
-        if self._has_advised:
-            return
-        self._has_advised = True
+        if not self._has_advised:
+            self._has_advised = True
+            self._say_advice(done.step_s, done.stall_s, seconds, is_estimate=False)
+
+    def _say_advice(self, step_s: float, stall_s: float, write_s: float, is_estimate: bool) -> None:
+        every_steps = self._config.checkpoint.every_steps
         mtbf_s = self._config.resilience.mtbf_hours * 3600 / self._mesh.size
-        line = advice(self._config.checkpoint.every_steps, done.step_s, done.stall_s, seconds, mtbf_s)
+        line = advice(every_steps, step_s, stall_s, write_s, mtbf_s, is_estimate)
         if line is not None:
             self._log.say(line)
 

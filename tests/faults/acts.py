@@ -14,7 +14,7 @@ from megalite.checkpoint.writer import Writer
 from megalite.log import RunLog
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.mesh import Mesh
-from tests.checkpoint.helpers import check, owned, save_step
+from tests.checkpoint.helpers import TOTAL, check, owned, save_step
 from tests.trainer.runs import tiny
 
 
@@ -45,7 +45,7 @@ def open_writer(mesh: Mesh, root: str | Path, *overrides: str) -> tuple[RunLog, 
     run_dir.mkdir(parents=True, exist_ok=True)
     config = tiny(run_dir, f"run_dir={run_dir}", "checkpoint.keep_last=2", *overrides)
     log = RunLog(run_dir, mesh.rank == 0, steps=9, every_steps=9)
-    return log, Writer(config, mesh, log, step=0)
+    return log, Writer(config, mesh, log, step=0, num_parameters=TOTAL)
 
 
 def save_third(mesh: Mesh, root: str) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import signal
 import sys
 import threading
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -23,15 +23,24 @@ Action = Callable[[Mesh, str], None]
 
 
 class OnEachLine:
-    """While entered, `seen` hears of each line of the given files, before it runs, in every thread."""
+    """While entered, `seen` hears of each line of the given files, before it runs.
+
+    Also of functions that are under way already, and in threads that begin meanwhile.
+    """
 
     def __init__(self, files: tuple[str, ...], seen: Callable[[Point], None]) -> None:
         self.files, self.seen = files, seen
-        self.hits: Counter[tuple[str, int]] = Counter()
+        self._hits: dict[tuple[str, int], Iterator[int]] = {}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         threading.settrace(self._trace)
         sys.settrace(self._trace)
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_filename in self.files:
+                frame.f_trace = self._trace
+            frame = frame.f_back
+        return self
 
     def __exit__(self, *error: object) -> None:
         sys.settrace(None)
@@ -42,23 +51,53 @@ class OnEachLine:
             return None
         if event == "line":
             place = (frame.f_code.co_filename, frame.f_lineno)
-            self.hits[place] += 1
-            self.seen((*place, self.hits[place]))
+            # Two threads may be at one line: each call here that counts is a single one of the interpreter's.
+            self.seen((*place, next(self._hits.setdefault(place, itertools.count(1)))))
         return self._trace
 
 
-def record_lines(mesh: Mesh, action: Action, root: str, files: tuple[str, ...]) -> list[Point]:
-    """Every line of these files that ran on this rank, by turns the first and the last time it did."""
-    first: dict[tuple[str, int], Point] = {}
-    last: dict[tuple[str, int], Point] = {}
+class Recorded(OnEachLine):
+    """Remembers the lines that ran."""
+
+    def __init__(self, files: tuple[str, ...]) -> None:
+        self._first: dict[tuple[str, int], Point] = {}
+        self._last: dict[tuple[str, int], Point] = {}
+        super().__init__(files, self._note)
+
+    @property
+    def points(self) -> list[Point]:
+        """Every line that ran, by turns the first and the last time it did."""
+        return [(self._first, self._last)[n % 2][place] for n, place in enumerate(sorted(self._first))]
+
+    def _note(self, point: Point) -> None:
+        self._first.setdefault(point[:2], point)
+        self._last[point[:2]] = point
+
+
+def dies_at(files: tuple[str, ...], at: Point) -> OnEachLine:
+    """Kills this process just before the given line."""
 
     def seen(point: Point) -> None:
-        first.setdefault(point[:2], point)
-        last[point[:2]] = point
+        if point == at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    with OnEachLine(files, seen):
+    return OnEachLine(files, seen)
+
+
+def record_lines(mesh: Mesh, action: Action, root: str, files: tuple[str, ...]) -> list[Point]:
+    """The points at which a kill may strike this rank: see `Recorded`."""
+    with Recorded(files) as lines:
         action(mesh, root)
-    return [(first, last)[number % 2][place] for number, place in enumerate(sorted(first))]
+    return lines.points
+
+
+def one_rank_each(recorded: Sequence[Sequence[Point]]) -> list[tuple[Point, int]]:
+    """(point, rank) of each line that any rank ran; one that several ran is met on one of them, by turns."""
+    by_line: dict[tuple[str, int], list[tuple[Point, int]]] = {}
+    for rank, points in enumerate(recorded):
+        for point in points:
+            by_line.setdefault(point[:2], []).append((point, rank))
+    return [met[number % len(met)] for number, met in enumerate(by_line.values())]
 
 
 def meet() -> Mesh:
@@ -71,16 +110,11 @@ def meet() -> Mesh:
 def act_and_die(action: Action, root: str, files: tuple[str, ...], rank: int, at: Point) -> None:
     """Act on two ranks; `rank` is killed just before the given line."""
     mesh = meet()
-
-    def seen(point: Point) -> None:
-        if point == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
     if mesh.rank != rank:
         sys.stderr = io.StringIO()  # the survivor's traceback is expected
         action(mesh, root)
         return
-    with OnEachLine(files, seen):
+    with dies_at(files, at):
         action(mesh, root)
 
 

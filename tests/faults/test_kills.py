@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -19,7 +19,7 @@ from megalite.checkpoint import agree, commit, format, retention, snapshots, sto
 from megalite.checkpoint.store import newest, open_checkpoint
 from tests.checkpoint.helpers import check, save_step
 from tests.faults.acts import Held, load, open_writer, save_third, save_third_behind
-from tests.faults.kills import Action, Point, kill, meet, record_lines
+from tests.faults.kills import Action, Point, kill, meet, one_rank_each, record_lines
 from tests.faults.seeds import replayable, seeds
 from tests.ranks import SOLO, join_ranks, run_ranks, spawn_ranks
 
@@ -87,20 +87,18 @@ def assert_whole(root: Path, allowed: set[tuple[int, int]]) -> None:
     assert sorted(os.listdir(root)) == ["step_00000002", "step_00000003"]
 
 
-def every_point(scenario: Scenario, tmp_path: Path) -> Iterator[tuple[Point, int]]:
-    """(point, rank) of what is done in this scenario; leaves the state before it in tmp_path/template."""
+def recorded(scenario: Scenario, tmp_path: Path) -> list[list[Point]]:
+    """Each rank's points in this scenario; leaves the state before it in tmp_path/template."""
     scenario.prepare(tmp_path / "template")
     root = tmp_path / "recorded" / "checkpoints"
     shutil.copytree(tmp_path / "template", root)
-    recorded = run_ranks(record_lines, 2, scenario.action, str(root), scenario.files)
-    for rank, points in enumerate(recorded):
-        for point in points:
-            yield point, rank
+    return run_ranks(record_lines, 2, scenario.action, str(root), scenario.files)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_kill_at_some_lines(name: str, tmp_path: Path) -> None:
-    cases = list(every_point(SCENARIOS[name], tmp_path))
+    both = enumerate(recorded(SCENARIOS[name], tmp_path))
+    cases = [(point, rank) for rank, points in both for point in points]
     for point, rank in cases[:: len(cases) // 8]:
         kill_at(SCENARIOS[name], point, rank, tmp_path / "template", tmp_path / "run" / "checkpoints")
 
@@ -112,11 +110,7 @@ POINTS = {"save": 120, "delete": 85, "behind": 80, "load": 45}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_kill_at_every_line(name: str, tmp_path: Path) -> None:
-    # A line that both ranks run is met on one of them, by turns.
-    by_line: dict[tuple[str, int], list[tuple[Point, int]]] = {}
-    for point, rank in every_point(SCENARIOS[name], tmp_path):
-        by_line.setdefault(point[:2], []).append((point, rank))
-    cases = [met[number % len(met)] for number, met in enumerate(by_line.values())]
+    cases = one_rank_each(recorded(SCENARIOS[name], tmp_path))
     assert len(cases) >= POINTS[name]
     for point, rank in cases:
         kill_at(SCENARIOS[name], point, rank, tmp_path / "template", tmp_path / "run" / "checkpoints")

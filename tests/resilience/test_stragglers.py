@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megalite.errors import PreemptedError
+from megalite.log import read_json_lines
 from megalite.parallel.mesh import Axis, Mesh
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.resilience.stragglers import WINDOWS, Straggler, Stragglers, spread
@@ -90,3 +93,38 @@ def test_a_slow_rank_has_more_time_of_its_own_and_is_named_once(tmp_path: Path) 
     assert [(event["rank"], event["step"]) for event in events] == [(1, 9)]
     assert events[0]["own_s"] > 20 > events[0]["others_s"]
     assert events[0]["host"]
+
+
+def train_with_a_delay(mesh: Mesh, root: str, first: int) -> list[dict[str, Any]]:
+    """Steps of 20 ms at least, in which the forward pass of rank 2 takes 50 ms more from step `first` on; the
+    ledger of the run, which is asked to stop when a rank is named."""
+    keys = ["train.steps=200", "train.global_batch_size=4", "train.micro_batch_size=1", "model.num_layers=1"]
+    keys += ["data.validation=[]", "resilience.straggler_every_steps=5", f"run_dir={root}/run"]
+    config = tiny(Path(root), *keys)
+    trainer = Trainer(config, lay_out(mesh, config))
+    add, train_step = trainer.watch.stragglers.add, trainer.train_step
+    named: list[Straggler] = []
+
+    def delay(*_: Any) -> None:
+        time.sleep(0.02 + 0.05 * (mesh.rank == 2 and trainer.step + 1 >= first))
+
+    def note(own_s: float) -> list[Straggler]:
+        named.extend(found := add(own_s))
+        return found
+
+    trainer.engine.model.blocks["0"].register_forward_pre_hook(delay)  # type: ignore[attr-defined]
+    trainer.watch.stragglers.add = note  # type: ignore[method-assign]
+    trainer.train_step = lambda batches, lr, _: train_step(batches, lr, bool(named))  # type: ignore
+    with suppress(PreemptedError):
+        trainer.fit(PreemptionFlag())
+    return read_json_lines(Path(config.run_dir) / "ledger.jsonl")
+
+
+def test_50_ms_more_on_one_of_four_ranks_are_named_and_nothing_before(tmp_path: Path) -> None:
+    """Nobody in ten windows of five steps; then rank 2 in three, or once the machine is quiet for three."""
+    write_dataset(tmp_path / "train", seed=1, documents=40)
+    ledger = run_ranks(train_with_a_delay, 4, str(tmp_path), 51)[0]
+    (event,) = [event for event in ledger if event["event"] == "straggler"]
+    assert event["rank"] == 2
+    assert event["step"] >= 50 + 5 * WINDOWS
+    assert event["own_s"] > 0.07

@@ -16,50 +16,13 @@ from megalite.engines.engine import StepSums
 from megalite.errors import CheckpointError, ConfigError, DivergedError
 from megalite.log import read_json_lines
 from megalite.parallel.mesh import Mesh
-from megalite.resilience.ladder import Rollback
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 from tests.ranks import run_ranks
+from tests.trainer.poison import poison, rollbacks, run
 from tests.trainer.runs import curve, lay_out, metrics, tiny
 
 BATCH = 24  # samples a step
-
-
-def poison(trainer: Trainer, bad: range, how: str) -> None:
-    """Have the batches that hold a sample of `bad` come out not finite, or wild, whatever the weights."""
-    compute = trainer.engine.forward_backward
-
-    def poisoned(batches: list[Batch]) -> StepSums:
-        sums = compute(batches)
-        if not any(sample in bad for batch in batches for sample in batch.sample_ids.tolist()):
-            return sums
-        if how == "nan":
-            return replace(sums, loss=math.nan)
-        return replace(sums, loss=2 * sums.loss, grad_norm_squared=400 * sums.grad_norm_squared)
-
-    trainer.engine.forward_backward = poisoned  # type: ignore[method-assign]
-
-
-def state_of(trainer: Trainer) -> list[Any]:
-    """Every byte of what a checkpoint would keep, sums of it for the way between processes."""
-    parts = sorted(trainer.engine.state_slices(), key=lambda part: (part.kind, part.name, part.start))
-    return [(part.kind, part.name, part.start, part.values.detach().clone().tolist()) for part in parts]
-
-
-def run(mesh: Mesh, config: Config, bad: list[range], how: str, skipped: list[tuple[int, int]]) -> Any:
-    """Train on poisoned data, or without `skipped`; the curve and the state at the end."""
-    trainer = Trainer(config, lay_out(mesh, config))
-    for samples in bad:
-        poison(trainer, samples, how)
-    trainer.loader.skip(skipped)
-    trainer.fit(PreemptionFlag())
-    return curve(metrics(Path(config.run_dir))), state_of(trainer)
-
-
-def rollbacks(run_dir: Path) -> list[Rollback]:
-    return [
-        Rollback.from_json(e) for e in read_json_lines(run_dir / "ledger.jsonl") if e["event"] == "rollback"
-    ]
 
 
 def batches(first: int, last: int) -> range:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from megalite.config import Config
 from megalite.errors import CheckpointError, DivergedError, PreemptedError
@@ -19,6 +18,7 @@ from megalite.parallel.mesh import Mesh, build_mesh, close_mesh
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 from tests.ranks import join_ranks, run_ranks, spawn_ranks
+from tests.trainer.poison import poison
 from tests.trainer.runs import curve, lay_out, metrics, tiny, train
 
 
@@ -144,75 +144,6 @@ def _stop_after(mesh: Mesh, config: Config, steps: int) -> None:
         trainer.fit(PreemptionFlag())
 
 
-def _poison(trainer: Trainer, steps: set[int], rank: int, name: str = "embedding") -> None:
-    """In the given steps on one rank, a gradient that is not finite."""
-    engine = trainer.engine
-    compute = engine.forward_backward
-
-    def poisoned(batches):  # type: ignore[no-untyped-def]
-        if trainer.step in steps and trainer.mesh.rank == rank:
-            parameter = engine.model.get_parameter(name)  # type: ignore[attr-defined]
-            handle = parameter.register_hook(lambda grad: grad * float("nan"))
-            try:
-                return compute(batches)
-            finally:
-                handle.remove()
-        return compute(batches)
-
-    engine.forward_backward = poisoned  # type: ignore[method-assign]
-
-
-def _train_poisoned(mesh: Mesh, config: Config, steps: list[int], rank: int, name: str) -> dict[str, object]:
-    trainer = Trainer(config, lay_out(mesh, config))
-    _poison(trainer, set(steps), rank, name)
-    step = trainer.train_step
-
-    def watching(batches, lr, wants_stop=False):  # type: ignore[no-untyped-def]
-        optimizer = trainer.engine.optimizer  # type: ignore[attr-defined]
-        state = [optimizer.master.clone(), optimizer.exp_avg.clone(), optimizer.exp_avg_sq.clone()]
-        applied = trainer.engine.applied_steps
-        report = step(batches, lr, wants_stop)
-        if trainer.step in steps:
-            now = [optimizer.master, optimizer.exp_avg, optimizer.exp_avg_sq]
-            assert not report.is_applied
-            assert trainer.engine.applied_steps == applied
-            assert all(torch.equal(a, b) for a, b in zip(state, now, strict=True))
-        else:
-            assert report.is_applied
-        return report
-
-    trainer.train_step = watching  # type: ignore[method-assign]
-    trainer.fit(PreemptionFlag())
-    return {"applied": trainer.engine.applied_steps, "losses": curve(metrics(Path(config.run_dir)))}
-
-
-@pytest.mark.parametrize("name", ["embedding", "norm.weight"])
-@pytest.mark.parametrize(
-    ("world", "layout"),
-    [
-        (1, []),
-        (2, ["mesh.zero_stage=0"]),
-        (2, ["mesh.zero_stage=1"]),
-        (2, ["mesh.zero_stage=2"]),
-        (2, ["mesh.zero_stage=3"]),
-        (2, ["mesh.tp=2"]),
-        (4, ["mesh.tp=2", "mesh.sequence_parallel=true"]),
-        (2, ["mesh.pp=2", "model.tie_embeddings=true"]),
-    ],
-    ids=str,
-)
-def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight_on_any(
-    root: Path, world: int, layout: list[str], name: str
-) -> None:
-    config = tiny(root, "train.steps=8", "train.micro_batch_size=6", "resilience.max_rollbacks=0", *layout)
-    results = run_ranks(_train_poisoned, world, config, [3, 4], world - 1, name)
-    assert [r["applied"] for r in results] == [6] * world
-    events = [json.loads(line) for line in (root / "run/ledger.jsonl").read_text().splitlines()]
-    assert [(e["event"], e["step"]) for e in events if e["event"] == "skip"] == [("skip", 4), ("skip", 5)]
-    assert events[1]["samples"] == [3 * 24, 4 * 24]
-    assert [r["events"] for r in metrics(root / "run")][3:6] == [["skip"], ["skip"], []]
-
-
 @pytest.mark.parametrize(
     ("world", "layout"),
     [(1, []), (2, ["mesh.zero_stage=3"]), (2, ["mesh.tp=2"]), (2, ["mesh.pp=2"])],
@@ -251,7 +182,7 @@ def test_the_loss_scale_survives_a_resume(root: Path, alone: Mesh) -> None:
 
 def test_too_many_skipped_steps_end_the_run(root: Path, alone: Mesh) -> None:
     trainer = Trainer(tiny(root, "resilience.max_skipped_steps=2", "resilience.max_rollbacks=0"), alone)
-    _poison(trainer, set(range(2, 20)), rank=0)
+    poison(trainer, range(2 * 24, 20 * 24), "nan")
     with pytest.raises(DivergedError, match="3 steps in a row"):
         trainer.fit(PreemptionFlag())
     assert DivergedError.exit_code == 77
@@ -348,3 +279,17 @@ def test_disk_full_while_saving_keeps_the_older_checkpoint(
     assert [r["step"] for r in metrics(root / "run")] == list(range(1, 9))  # step 6's failure ended nothing
     events = [json.loads(line) for line in (root / "run/ledger.jsonl").read_text().splitlines()]
     assert [(e["event"], e["step"]) for e in events] == [("start", 0), ("save_failed", 6)]
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_an_interval_far_too_long_is_told_before_the_first_save(
+    root: Path, alone: Mesh, capsys: pytest.CaptureFixture[str], asynchronous: str
+) -> None:
+    """Saved every 10⁶ steps, with a failure every 36 s. Without failures to speak of nothing is said."""
+    common = ["train.steps=4", "checkpoint.every_steps=1000000", f"checkpoint.asynchronous={asynchronous}"]
+    train(alone, tiny(root, *common, "resilience.mtbf_hours=0.01"))
+    told = [line for line in capsys.readouterr().err.splitlines() if "every_steps" in line]
+    assert len(told) == 1
+    assert "far from the best: a save should cost about" in told[0]
+    train(alone, tiny(root, *common, "resilience.mtbf_hours=1e12", f"run_dir={root}/steady"))
+    assert "every_steps" not in capsys.readouterr().err
