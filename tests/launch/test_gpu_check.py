@@ -231,6 +231,36 @@ def test_what_a_sanitizer_says(
     assert _sanitizer(tmp_path, monkeypatch, script) == found
 
 
+def test_compiling_ahead_ends_within_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first process is done at once, the second would take for ever."""
+    shim = tmp_path / "python"
+    shim.write_text(f'#!/bin/sh\necho "$3 $4 $5" >> {tmp_path}/asked\n[ "$3" = 0 ] || exec sleep 600\n')
+    shim.chmod(0o755)
+    monkeypatch.setattr(check.sys, "executable", str(shim))
+    monkeypatch.setattr(check.os, "cpu_count", lambda: 4)
+    results = check.Results(tmp_path / "out", {})
+    assert -1 < check._compile_ahead(results, "cuda", 2) < 0.5
+    assert sorted((tmp_path / "asked").read_text().splitlines()) == ["0 2 cuda", "1 2 cuda"]
+    assert results.content["compiled_ahead"].keys() == {"processes", "finished", "took_s"}
+    assert capsys.readouterr().out.startswith("compiled ahead: 1 of 2 processes finished in 2 s")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
+def test_a_share_of_what_is_compiled_ahead() -> None:
+    """Every fortieth action, of kernels that are interpreted."""
+    command = [sys.executable, "-m", "benchmarks.gpu.compiling", "7", "40", "cpu"]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    }
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["7", "47"]
+
+
 def test_results_are_on_disk_after_each_item(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = check.Results(tmp_path, {"gpu": "x"})
     results.add("tests", "a", {"passed": True, "error": 0.1, "allowed": 0.2})
