@@ -52,6 +52,16 @@ def run(workload: Workload, clock: Clock) -> dict[str, Any]:
     }
 
 
+def run_each(workload: Workload, device: torch.device) -> None:
+    """Every contender once in every direction, which compiles it."""
+    inputs = workload.inputs()
+    directions = {name: _TURNS[name] for name in workload.directions}
+    contenders, _ = _contenders(workload, inputs, directions, device)  # runs the peers
+    for name in contenders.keys() & {OURS, TORCH}:
+        for turn in directions.values():
+            turn(workload, contenders[name], inputs)()()
+
+
 def _contenders(
     workload: Workload, inputs: list[Tensor], directions: Mapping[str, Turn], device: torch.device
 ) -> tuple[dict[str, Function], dict[str, str]]:

@@ -34,25 +34,34 @@ def resolve(impl: Impl, operation: str, x: Tensor, variant: str = "") -> Resolve
     """
     if _asked is not None:
         _asked.append((operation, variant))
+    chosen: Resolved = _resolve(impl, operation, variant, x.device, x.dtype)
+    return chosen
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _resolve(impl: Impl, operation: str, variant: str, device: torch.device, dtype: torch.dtype) -> Resolved:
+    # Of constants alone, so that torch.compile asks once and traces nothing of this: neither the search for
+    # Triton nor the reading of a table can be part of a graph.
     asked: str = impl
     origin = "impl"
+    is_cuda = device.type == "cuda"
     if asked == "auto":
         asked = os.environ.get(VARIABLE, "auto")
         origin = VARIABLE
     if asked == "auto":
-        if not x.is_cuda or not has_triton() or x.dtype not in KERNEL_DTYPES:
+        if not is_cuda or not has_triton() or dtype not in KERNEL_DTYPES:
             return "torch"
-        return choice(operation, variant, architecture(x.device))
+        return choice(operation, variant, architecture(device))
     if asked == "torch":
         return "torch"
     if asked == "reference":
         return "reference"
     if asked == "triton":
-        if not has_triton() or not (x.is_cuda or is_interpreted()):
-            missing = f"tensors on {x.device}" if has_triton() else "no triton installed"
+        if not has_triton() or not (is_cuda or is_interpreted()):
+            missing = f"tensors on {device}" if has_triton() else "no triton installed"
             raise ValueError(f"{origin}='triton' with {missing}: kernels run on CUDA; use torch")
-        if x.dtype not in KERNEL_DTYPES:  # a kernel would compute in fp32 and say nothing
-            raise ValueError(f"{origin}='triton' with {x.dtype}: kernels take bf16, fp16 and fp32; use torch")
+        if dtype not in KERNEL_DTYPES:  # a kernel would compute in fp32 and say nothing
+            raise ValueError(f"{origin}='triton' with {dtype}: kernels take bf16, fp16 and fp32; use torch")
         return "triton"
     raise ValueError(f"{origin}={asked!r} is no kernel implementation; use one of {', '.join(IMPLS)}")
 

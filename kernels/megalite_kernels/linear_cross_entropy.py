@@ -142,8 +142,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
     beta = 0 if is_first else 1
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
-    elif a.is_cuda:
+    elif a.is_cuda and not torch.compiler.is_compiling():
         torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+    elif a.is_cuda:  # torch 2.11 has no shapes for the call above
+        product = torch.mm(a, b, out_dtype=total.dtype)
+        total.copy_(product if is_first else total + product)
     elif is_first:
         total.copy_(a @ b)
     else:

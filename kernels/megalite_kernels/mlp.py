@@ -98,8 +98,8 @@ def linear_activation(
     if chosen == "triton":
         from megalite_kernels.gpu.mlp import linear_activation as gemm
 
-        hidden, pre = gemm(x, weight, bias, activation)
-        return hidden, pre
+        hidden = x.new_empty(x.shape[0], weight.shape[0] // _parts(activation))
+        return hidden, gemm(x, weight, bias, hidden, activation)
     pre = F.linear(x, weight, bias)
     if resolve(impl, "activation", pre, activation) == "triton":
         from megalite_kernels.gpu.activation import activation as kernel

@@ -39,8 +39,9 @@ def rope_qkv(
     """Take a packed projection apart into q, k and v, with q and k rotated as `rope` does.
 
     One launch each way: backward rotates the gradients back and packs them as it writes. Neither is in
-    place. Autograd does not tell whether anybody else holds a gradient, and a projection rotated in place
-    costs a pass to pack gradients; this way v is copied, and the projection is free afterwards.
+    place. Selective recompute starts again from the projection, which must then be as its GEMM left it;
+    and the gradients of q, k and v come apart, so that a rotation in place would need a pass before it to
+    pack them. This way v is copied, and the projection is free afterwards.
 
     Shapes:  qkv [batch, seq, heads + 2 · kv_heads, head_dim], the queries' heads first, then keys, then
              values; cos, sin [batch or 1, seq, head_dim/2] fp32; returns q [batch, seq, heads,

@@ -312,17 +312,19 @@ def dropout_keys(seed: int, sample_ids: Tensor) -> Tensor:
 
 def _keep_products() -> Any:
     """Selective recompute: outputs of GEMMs and attention are kept, all else is computed again."""
-    products = {
-        torch.ops.aten.mm.default,
-        torch.ops.aten.addmm.default,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops.megalite.attention_cpu.default,
+    products = {  # by name, for a kernel's operator is there only where that kernel is used
+        "aten::mm",
+        "aten::addmm",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "megalite::attention",
+        "megalite::attention_cpu",
+        "megalite::linear_activation",
     }
 
     def policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        kept = operation in products
+        kept = operation.name() in products
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]

@@ -7,16 +7,21 @@ Registers are held against `resources/sm_*.json`. To accept new ones:
 
 from __future__ import annotations
 
+import json
 import os
+import pkgutil
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
-from megalite_kernels import aot  # noqa: E402
+from megalite_kernels import aot, gpu, tiles  # noqa: E402
 from megalite_kernels.aot import Resources  # noqa: E402
+from megalite_kernels.gpu.launch import recording  # noqa: E402
 from megalite_kernels.tiles import ARCHITECTURES  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "resources"
@@ -53,6 +58,29 @@ def test_shipped_kernels_take_the_registers_they_took(arch: str, compiled: dict[
     found = {name: result for (of, name), result in compiled.items() if of == arch}
     said = aot.changes(aot.read_golden(GOLDEN, arch), found)
     assert not said, "\n".join([*said, f"to accept: {(__doc__ or '').strip().splitlines()[-1].strip()}"])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_tile_that_ships_is_compiled(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = {
+        (path.stem, variant)
+        for path in (Path(tiles.__file__).parent / arch).glob("*.json")
+        for variant in json.loads(path.read_text())["tiles"]
+    }
+    asked = set()
+
+    def tile(operation: str, variant: str, device: torch.device) -> dict[str, int]:
+        asked.add((operation, variant))
+        return tiles.tile(operation, variant, device)
+
+    for info in pkgutil.iter_modules(gpu.__path__):
+        module = import_module(f"{gpu.__name__}.{info.name}")
+        if hasattr(module, "tile"):
+            monkeypatch.setattr(module, "tile", tile)
+    with tiles.assume(arch), recording(lambda *_: None):
+        for _, call in aot._cases():
+            call()
+    assert asked == shipped
 
 
 # --- that the check itself finds what it is for ---------------------------------------------------

@@ -90,6 +90,24 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert "operation" in capsys.readouterr().out
 
 
+def test_a_compiled_graph_asks_and_traces_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, where Triton is looked for and a table is read from its file."""
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(dispatch, "has_triton", lambda: torch._dynamo.graph_break() or True)
+    tiles.table.cache_clear()
+
+    def factor(x: torch.Tensor) -> torch.Tensor:
+        settings = ("auto", "attention", "d128/doc", torch.device("cuda"), torch.bfloat16)
+        return x * len(dispatch._resolve(*settings))
+
+    x = torch.ones(2)
+    picked = tiles.choice("attention", "d128/doc", "sm_90")
+    tiles.table.cache_clear()
+    whole = torch.compile(factor, fullgraph=True, backend="eager")
+    assert torch.equal(whole(x), x * len(picked))
+
+
 def test_recording_choices() -> None:
     with recording_choices() as asked:
         resolve("torch", "norm", torch.empty(0), "rms_norm/64")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ import torch
 from benchmarks.gpu import check
 from benchmarks.gpu.figures import choices, floor_seconds, row
 from tests import early
+from tests.gpu import checks
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,6 +171,96 @@ def test_an_item_that_hangs_is_cut_at_its_stages_time(
     assert found["first"] == found["third"] == {"passed": True}
 
 
+def test_what_an_item_has_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers have workers, which would hold the pipes and the GPU."""
+    monkeypatch.setattr(check, "_GRACE_S", 2)
+    child = tmp_path / "child"
+    action = (
+        f"import subprocess; open({str(child)!r}, 'w').write(str(subprocess.Popen(['sleep', '600']).pid))"
+    )
+    found = _stage(tmp_path, monkeypatch, f"{action}; time.sleep(600)", 0)
+    assert found["second"] == {"failed": "it did not end within its stage's time"}
+    assert found["third"] == {"passed": True}
+    _wait_for_the_end_of(int(child.read_text()))
+
+
+def _wait_for_the_end_of(process: int) -> None:
+    status = Path(f"/proc/{process}/stat")
+    for _ in range(100):
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {process} lives on")
+
+
+def _sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> dict[str, Any]:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return checks.sanitizer("memcheck")
+
+
+def test_a_sanitizer_that_takes_too_long_leaves_nobody_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_SANITIZER_S", 1)
+    found = _sanitizer(tmp_path, monkeypatch, f"sleep 600 &\necho $! > {tmp_path}/child\nwait")
+    assert found == {"left_out": "it had not ended after 1 s"}
+    _wait_for_the_end_of(int((tmp_path / "child").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("exit 0", {"passed": True}),
+        (
+            "echo '========= Error: Device not supported'; exit 1",
+            {"left_out": "compute-sanitizer does not support the device here"},
+        ),
+        (
+            "echo '========= Invalid __global__ read'; exit 99",
+            {"passed": False, "why": "========= Invalid __global__ read"},
+        ),
+        ("exit 7", {"passed": False, "why": "exit code 7"}),
+    ],
+)
+def test_what_a_sanitizer_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, found: dict[str, Any]
+) -> None:
+    assert _sanitizer(tmp_path, monkeypatch, script) == found
+
+
+def test_compiling_ahead_ends_within_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first process is done at once, the second would take for ever."""
+    shim = tmp_path / "python"
+    shim.write_text(f'#!/bin/sh\necho "$3 $4 $5" >> {tmp_path}/asked\n[ "$3" = 0 ] || exec sleep 600\n')
+    shim.chmod(0o755)
+    monkeypatch.setattr(check.sys, "executable", str(shim))
+    monkeypatch.setattr(check.os, "cpu_count", lambda: 4)
+    results = check.Results(tmp_path / "out", {})
+    assert -1 < check._compile_ahead(results, "cuda", 2) < 0.5
+    assert sorted((tmp_path / "asked").read_text().splitlines()) == ["0 2 cuda", "1 2 cuda"]
+    assert results.content["compiled_ahead"].keys() == {"processes", "finished", "took_s"}
+    assert capsys.readouterr().out.startswith("compiled ahead: 1 of 2 processes finished in 2 s")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
+def test_a_share_of_what_is_compiled_ahead() -> None:
+    """Every fortieth action, of kernels that are interpreted."""
+    command = [sys.executable, "-m", "benchmarks.gpu.compiling", "7", "40", "cpu"]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    }
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["7", "47"]
+
+
 def test_results_are_on_disk_after_each_item(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = check.Results(tmp_path, {"gpu": "x"})
     results.add("tests", "a", {"passed": True, "error": 0.1, "allowed": 0.2})
@@ -176,7 +268,9 @@ def test_results_are_on_disk_after_each_item(tmp_path: Path, capsys: pytest.Capt
     results.add("tests", "b", {"passed": False, "why": "bits"})
     results.add("tests", "c", {"failed": "it died"})
     assert results.failures() == ["b", "c"]
-    assert capsys.readouterr().out.splitlines() == [
+    said = capsys.readouterr().out
+    assert (tmp_path / "table.txt").read_text() == said
+    assert said.splitlines() == [
         "a  ok (error 1.00e-01, allowed 2.00e-01)",
         "b  WRONG: bits",
         "c  FAILED: it died",

@@ -36,7 +36,10 @@ def _add_runs(
         following = tl.load(ids + place + 1, mask=place + 1 < tokens, other=-2)
         is_mine = (row >= 0) & (place < tokens)
         source = tl.load(order + place, mask=is_mine, other=0)
-        total += tl.load(grad + source * dim + column, mask=inside & is_mine, other=0.0).to(tl.float32)
+        # A condition of all lanes is put into the bound: Triton 3.9's interpreter takes no mask made of a
+        # block and a scalar.
+        width = tl.where(is_mine, dim, 0)
+        total += tl.load(grad + source * dim + column, mask=column < width, other=0.0).to(tl.float32)
         ends = following != row
         if is_mine & (ends | (step == CHUNK - 1)):
             edge = tl.where(is_head, heads, tails) + chunk * dim

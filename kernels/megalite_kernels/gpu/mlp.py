@@ -156,10 +156,12 @@ def _grid(constants: dict[str, Any], tokens: int, ffn: int) -> tuple[int]:
     return (triton.cdiv(tokens, constants["BLOCK_M"]) * triton.cdiv(ffn, constants["BLOCK_N"]),)
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, activation: str) -> Tensor:
+    # The hidden layer is an argument, not a second output: who keeps this operator's outputs, as selective
+    # recompute does, keeps what backward reads and no more.
     x, weight = x.contiguous(), weight.contiguous()
-    (tokens, size), ffn = x.shape, weight.shape[0] // _parts(activation)
-    hidden, pre = x.new_empty(tokens, ffn), x.new_empty(tokens, weight.shape[0])
+    (tokens, size), ffn = x.shape, hidden.shape[1]
+    pre = x.new_empty(tokens, weight.shape[0])
     constants = _constants("linear_activation", x, activation)
     if tokens:
         launch(
@@ -169,7 +171,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) ->
             HAS_BIAS=bias is not None,
             **constants,
         )
-    return hidden, pre
+    return pre
 
 
 def _backward(dy: Tensor, weight: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -183,9 +185,8 @@ def _backward(dy: Tensor, weight: Tensor, pre: Tensor, activation: str) -> tuple
     return d_pre, hidden
 
 
-def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    tokens, width = x.shape[0], weight.shape[0]
-    return x.new_empty(tokens, width // _parts(activation)), x.new_empty(tokens, width)
+def _forward_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _backward_fake(dy: Tensor, weight: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -193,7 +194,7 @@ def _backward_fake(dy: Tensor, weight: Tensor, pre: Tensor, activation: str) -> 
     return d_pre, dy.new_empty(dy.shape[0], weight.shape[0])
 
 
-linear_activation = operator("linear_activation", _forward_fake)(_forward)
+linear_activation = operator("linear_activation", _forward_fake, ("hidden",))(_forward)
 activation_backward = operator("linear_activation_backward", _backward_fake)(_backward)
 
 
@@ -205,6 +206,6 @@ def cases() -> Iterator[Case]:
     ):
         x, pre = meta(8, 512, dtype=dtype), meta(8, 1024 * _parts(name), dtype=dtype)
         up, down = meta(1024 * _parts(name), 512, dtype=dtype), meta(1024, 512, dtype=dtype)
-        bias = meta(up.shape[0], dtype=dtype)
-        yield Case(f"linear_activation/{name}/{DTYPES[dtype]}", partial(_forward, x, up, bias, name))
+        bias, hidden = meta(up.shape[0], dtype=dtype), meta(8, 1024, dtype=dtype)
+        yield Case(f"linear_activation/{name}/{DTYPES[dtype]}", partial(_forward, x, up, bias, hidden, name))
         yield Case(f"activation_backward/{name}/{DTYPES[dtype]}", partial(_backward, x, down, pre, name))

@@ -27,6 +27,7 @@ class Call(NamedTuple):
     documents: tuple[int, ...] | None = None
     window: int = 0
     causal: bool = True
+    scale: float | None = None
 
     def inputs(self) -> list[Tensor]:
         batch, (heads, kv_heads) = 2 if self.keys < 100 else 1, self.heads
@@ -39,7 +40,7 @@ class Call(NamedTuple):
             ends = torch.tensor([0, *self.documents]).cumsum(0)
             starts = doc_starts_of(ends, self.keys)[:, -(self.queries or self.keys) :]
             starts = starts.expand(2 if self.keys < 100 else 1, -1)
-        return {"doc_starts": starts, "window": self.window, "causal": self.causal}
+        return {"doc_starts": starts, "window": self.window, "causal": self.causal, "scale": self.scale}
 
 
 # Few of each, so that every pair of things that could meet in a kernel meets somewhere.
@@ -59,6 +60,7 @@ CALLS = [
     Call(200, 128, (1, 1), FP16, documents=(200,)),
     Call(200, 64, (1, 1), documents=(128, 72), window=500, causal=False),
     Call(40, 192, (1, 1), documents=(30, 0, 10)),
+    Call(40, 256, (2, 1), window=20, scale=0.3),
     # a cache: the queries are the last positions
     Call(150, 64, (4, 2), queries=1),
     Call(150, 128, (2, 1), queries=70, documents=(50, 60, 40)),

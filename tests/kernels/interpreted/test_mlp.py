@@ -123,7 +123,7 @@ def test_operators_keep_their_promises(activation: Activation) -> None:
     torch.library.opcheck(elementwise.activation, (pre.requires_grad_(), activation))
     pre = pre.detach()
     torch.library.opcheck(elementwise.activation_backward_again, (dy @ down.T, pre, activation))
-    torch.library.opcheck(gemms.linear_activation, (x, up, None, activation))
+    torch.library.opcheck(gemms.linear_activation, (x, up, None, torch.empty(6, 40), activation))
     torch.library.opcheck(gemms.activation_backward, (dy, down, pre, activation))
 
 

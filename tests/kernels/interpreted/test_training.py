@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import pkgutil
+from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megalite.config import ModelConfig
+from megalite.model.transformer import Recompute, Transformer
 from megalite.parallel.mesh import Mesh
 from megalite_kernels import gpu
+from tests.kernels.helpers import held_bytes
 from tests.ranks import SOLO, close_pools, run_ranks
 from tests.trainer.runs import curve, tiny, train, write_dataset
 
@@ -93,3 +99,46 @@ def test_kernels_in_bf16_where_activations_are_computed_again(root: Path) -> Non
     torchs, _ = train_with(SOLO, "torch", str(root), steps)
     assert len(started) >= 12, started
     assert max(abs(a[0] / b[0] - 1) for a, b in zip(ours, torchs, strict=True)) < 2**-8
+
+
+class _Calls(TorchDispatchMode):
+    """Counts what runs, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.of[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_recompute_repeats_no_product_and_no_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it hold the MLP's hidden layer, which the kernel writes beside what is kept."""
+    monkeypatch.setenv("MEGALITE_KERNELS", "triton")
+    config = ModelConfig(
+        vocab_size=32, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=512
+    )
+    tokens = torch.arange(16)[None]
+    torch.manual_seed(0)
+    weights = [0.1 * torch.randn(p.shape) for p in Transformer(config).parameters()]
+    calls, held, grads = {}, {}, {}
+    for recompute in get_args(Recompute):
+        model = Transformer(config, recompute)
+        for p, weight in zip(model.parameters(), weights, strict=True):
+            p.data.copy_(weight)
+        with _Calls() as counted:
+            model(tokens).sum().backward()
+        calls[recompute] = [counted.of[f"megalite::{name}"] for name in ("attention", "linear_activation")]
+        calls[recompute].append(counted.of["aten::mm"])
+        grads[recompute] = [p.grad for p in model.parameters() if p.grad is not None]
+        held[recompute] = held_bytes(lambda model=model: model(tokens))
+    assert calls["none"][:2] == [2, 2]
+    assert calls["selective"] == calls["none"]
+    assert calls["full"][:2] == [4, 4]
+    hidden = 16 * 512 * 4  # bytes of one layer
+    assert held["full"] < held["selective"] - 4 * hidden  # a pre-activation is two of it
+    assert held["selective"] < held["none"]
+    for found in (grads["selective"], grads["full"]):
+        assert len(found) == len(grads["none"]) > 10
+        assert all(map(torch.equal, found, grads["none"]))
