@@ -51,6 +51,11 @@ setup(
             "pytest>=8.0",
             "hypothesis>=6.100",
             "fsspec[http]>=2024.6",
+            "s3fs>=2024.6",
+            "gcsfs>=2024.6",
+            "moto[s3]>=5.0",  # an S3 to read from; its server needs the next two
+            "flask>=3.0",
+            "flask-cors>=4.0",
             "ruff==0.17.6",
             "mypy==2.4.1",
         ],

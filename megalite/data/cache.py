@@ -25,8 +25,11 @@ from megalite.data.folder import disk_errors
 from megalite.errors import DataError
 
 CACHE_VARIABLE = "MEGALITE_CACHE"
-MAX_BYTES = 64 << 30
+SIZE_VARIABLE = "MEGALITE_CACHE_GIB"
+MAX_GIB = 64.0
 POLL_S = 0.02
+
+_REMEDY = f"raise {SIZE_VARIABLE}"
 
 Fill = Callable[[], Iterable[bytes]]
 
@@ -36,15 +39,17 @@ class CacheFullError(DataError):
 
 
 class ShardCache:
-    """A folder of whole Arrow files, at most `max_bytes` in all.
+    """A folder of whole Arrow files, at most `max_bytes` in all: by default `$MEGALITE_CACHE_GIB`, or 64 GiB.
 
     The folder is `$MEGALITE_CACHE`, or `~/.cache/megalite/shards`, and should be on a local disk.
+
+    Raises:  DataError if the environment names a size that is none
     """
 
-    def __init__(self, folder: str | Path | None = None, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, folder: str | Path | None = None, max_bytes: int | None = None) -> None:
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megalite" / "shards"
         self.folder = Path(folder or os.environ.get(CACHE_VARIABLE) or default)
-        self.max_bytes = max_bytes
+        self.max_bytes = _default_bytes() if max_bytes is None else max_bytes
 
     def map(self, key: str, size: int, fill: Fill) -> mmap.mmap:
         """The file `key` of `size` bytes, mapped; if it is not there, made of the bytes `fill()` yields.
@@ -56,7 +61,7 @@ class ShardCache:
                  whatever `fill` raises
         """
         if size > self.max_bytes:
-            raise DataError(f"a shard of {size} bytes does not fit into {self._limit}; raise the limit")
+            raise DataError(f"a shard of {size} bytes does not fit into {self._limit}; {_REMEDY}")
         with disk_errors(self.folder):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         while (found := self._map_finished(key, size)) is None:
@@ -117,10 +122,16 @@ class ShardCache:
 
     def _reserve(self, part: int, size: int) -> None:
         """Make room and take it, by giving the part its final size before it has content."""
+        while not self._has_room(part, size):
+            time.sleep(POLL_S)
+
+    def _has_room(self, part: int, size: int) -> bool:
+        """Whether room was made and taken; False if that may be once others have filled what they fill."""
         with disk_errors(self.folder), self._names_locked():
             os.ftruncate(part, 0)
             entries = self._entries()
             excess = sum(status.st_size for _, status in entries) + size - self.max_bytes
+            is_filling = False
             for path, status in entries:
                 if excess <= 0:
                     break
@@ -128,11 +139,15 @@ class ShardCache:
                     if file is not None:
                         path.unlink()
                         excess -= status.st_size
-            if excess > 0:
+                    elif path.suffix == ".part" and status.st_size:
+                        is_filling = True
+            if excess <= 0:
+                os.ftruncate(part, size)
+            elif not is_filling:
                 raise CacheFullError(
-                    f"no room for {size} bytes in {self._limit}: the rest is in use; raise the limit"
+                    f"no room for {size} bytes in {self._limit}: the rest is in use; {_REMEDY}"
                 )
-            os.ftruncate(part, size)
+            return excess <= 0
 
     @contextmanager
     def _names_locked(self) -> Iterator[None]:
@@ -154,6 +169,17 @@ class ShardCache:
                     if entry.name != ".lock" and entry.is_file(follow_symlinks=False):
                         entries.append((Path(entry.path), entry.stat(follow_symlinks=False)))
         return sorted(entries, key=lambda item: (item[1].st_mtime_ns, item[0]))
+
+
+def _default_bytes() -> int:
+    text = os.environ.get(SIZE_VARIABLE) or str(MAX_GIB)
+    try:
+        size = int(float(text) * 2**30)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise DataError(f"{SIZE_VARIABLE}={text!r} is not a positive number of GiB, such as {MAX_GIB:g}")
+    return size
 
 
 @contextmanager

@@ -29,6 +29,9 @@ class CorruptShardError(DataError):
     """A shard as a whole cannot be unpacked, so that none of its record batches can be read."""
 
 
+_with_copies: weakref.WeakSet[ShardMaps] = weakref.WeakSet()  # all of this process
+
+
 class ShardMaps:
     """The shards of one dataset, mapped when asked for; a bounded number stays open.
 
@@ -55,6 +58,7 @@ class ShardMaps:
         self._wanted: deque[int] = deque(maxlen=OPEN_COPIES)
         self._fetching = 0
         if self.are_copies:
+            _with_copies.add(self)
             self._cache = cache or ShardCache()
             place = str(self._local.path.resolve()) if self._local else folder.name
             self._prefix = hashlib.sha256(f"{place}\0{manifest.digest}".encode()).hexdigest()[:24]
@@ -103,6 +107,14 @@ class ShardMaps:
                 start -= start % mmap.PAGESIZE
                 found[0].madvise(mmap.MADV_WILLNEED, start, stop - start)
 
+    def release(self) -> None:
+        """Take the maps' pages out of this process. They stay in the page cache, and whoever views one finds
+        the same bytes."""
+        with self._lock:
+            opened = [mapped for mapped, _ in self._open.values()]
+        for mapped in opened:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
     def _tell_closed(self, numbers: list[int]) -> None:
         if (tell := self._on_close()) is not None:
             for number in numbers:
@@ -137,12 +149,16 @@ class ShardMaps:
             return self._local.map(shard.file, shard.bytes)
         try:
             return self._copy(number)
-        except CacheFullError:  # what we hold open ourselves may be in the way
-            with self._lock:
-                closed = list(self._open)
-                self._open.clear()
-            self._tell_closed(closed)
+        except CacheFullError:  # what this process holds open may be in the way, of any source of its mixture
+            for maps in list(_with_copies):
+                maps._let_go()
             return self._copy(number)
+
+    def _let_go(self) -> None:
+        with self._lock:
+            closed = list(self._open)
+            self._open.clear()
+        self._tell_closed(closed)
 
     def _copy(self, number: int) -> mmap.mmap:
         if number in self._unusable:

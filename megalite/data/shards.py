@@ -44,6 +44,7 @@ from megalite.errors import DataError
 
 OPEN_BLOCKS = 256
 OPEN_BLOCKS_BYTES = 64 << 20  # of blocks that are not views of a map: unpacked, or with a loss mask
+MAPPED_BYTES = 96 << 20  # of blocks opened until the pages of all are let go of
 
 _NO_BOUNDARIES = np.empty(0, dtype=np.int64)
 _NO_BOUNDARIES.setflags(write=False)
@@ -162,6 +163,7 @@ class Dataset:
         self._checked = bytearray(self.num_blocks)
         self._open: OrderedDict[int, tuple[Block, int]] = OrderedDict()
         self._open_bytes = 0
+        self._mapped_bytes = 0
         self._lock = threading.Lock()
 
     def check_files(self) -> None:
@@ -336,7 +338,18 @@ class Dataset:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise corrupt(f"is not what the manifest says: {reason}") from None
         self._checked[number] = 1
+        self._touch(size)
         return block
+
+    def _touch(self, size: int) -> None:
+        """Bound resident memory, in which mapped pages count though the kernel could have them back. What is
+        unpacked or forgotten is not looked at again; what is still read comes back by a page fault."""
+        with self._lock:
+            self._mapped_bytes += size
+            if is_due := self._mapped_bytes > MAPPED_BYTES:
+                self._mapped_bytes = 0
+        if is_due:
+            self._maps.release()
 
     def _renew(self, shard: int) -> bool:
         """Make a damaged copy of a shard anew, once: the cache's disk may be to blame, not the dataset."""

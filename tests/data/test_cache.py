@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megalite.data.cache import CacheFullError, ShardCache
+from megalite.data.cache import POLL_S, CacheFullError, ShardCache
 from megalite.errors import DataError
 
 SIZE = 10_000
@@ -143,25 +143,59 @@ ShardCache(sys.argv[1]).map("a", 10_000, fill)
 """
 
 
-def test_a_killed_filler_is_replaced(tmp_path):
-    """By a process that waits for it, and with the bytes it had reserved given back."""
+@pytest.mark.parametrize("key", ["a", "b"])
+def test_a_killed_filler_is_replaced(tmp_path, key):
+    """By a process that waits for it, or for the bytes it had reserved, which are given back."""
     filler = subprocess.Popen(
         [sys.executable, "-c", FILL_SLOWLY, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
     assert filler.stdout.readline() == "filling\n"
     cache, seen = ShardCache(tmp_path, max_bytes=SIZE), []
-    waiting = threading.Thread(target=lambda: seen.append(cache.map("a", SIZE, filled("a"))[:]))
+    waiting = threading.Thread(target=lambda: seen.append(cache.map(key, SIZE, filled(key))[:]))
     waiting.start()
-    with pytest.raises(CacheFullError):
-        cache.map("b", SIZE, filled("b"))
+    waiting.join(10 * POLL_S)
     assert not seen
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) == SIZE
     filler.send_signal(signal.SIGKILL)
     filler.communicate()
     waiting.join(20)
-    assert seen == [b"a" * SIZE]
+    assert seen == [key.encode() * SIZE]
     del waiting
-    assert cache.map("b", SIZE, filled("b"))[:1] == b"b"
+    assert cache.map("c", SIZE, filled("c"))[:1] == b"c"
+    assert names(cache) == ["c"]
+
+
+def test_room_is_waited_for_while_others_fill(tmp_path):
+    """What they fill may go when it is finished; what is held may not, and that is an error at once."""
+    cache, begun, go_on = ShardCache(tmp_path, max_bytes=2 * SIZE), threading.Event(), threading.Event()
+
+    def slow():
+        yield b"a" * (SIZE // 2)
+        begun.set()
+        assert go_on.wait(20)
+        yield b"a" * (SIZE // 2)
+
+    filling = threading.Thread(target=lambda: cache.map("a", SIZE, slow))
+    filling.start()
+    assert begun.wait(20)
+    threading.Timer(5 * POLL_S, go_on.set).start()
+    assert cache.map("b", 2 * SIZE, filled("b", 2 * SIZE))[:1] == b"b"
+    filling.join(20)
     assert names(cache) == ["b"]
+    held = cache.map("b", 2 * SIZE, filled("b", 2 * SIZE))
+    with pytest.raises(CacheFullError, match="the rest is in use; raise MEGALITE_CACHE_GIB"):
+        cache.map("a", SIZE, filled("a"))
+    assert len(held) == 2 * SIZE
+
+
+def test_its_size_comes_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEGALITE_CACHE_GIB", "0.5")
+    assert ShardCache(tmp_path).max_bytes == 1 << 29
+    assert ShardCache(tmp_path, max_bytes=7).max_bytes == 7
+    for text in ("much", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("MEGALITE_CACHE_GIB", text)
+        with pytest.raises(DataError, match=f"MEGALITE_CACHE_GIB='{text}' is not a positive number of GiB"):
+            ShardCache(tmp_path)
 
 
 def visit(folder: str, seed: int, failures: multiprocessing.Queue[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.data import manifest as manifest_module
+from megalite.data import shards
 from megalite.data.manifest import COMPRESSIONS, Manifest, ShardInfo
 from megalite.data.shards import Dataset
 from megalite.data.tokenizer import ByteTokenizer
@@ -155,6 +157,36 @@ def test_unpacked_blocks_are_bounded_by_bytes(tmp_path, monkeypatch):
     read_everything(dataset)
     assert len(dataset._open) == 2
     assert dataset._open_bytes == sum(size for _, size in dataset._open.values()) <= 5000
+
+
+@pytest.mark.parametrize("compression", [None, "zstd", "zstd-shard"])
+def test_resident_pages_of_shards_are_bounded(tmp_path, compression, monkeypatch):
+    documents = random_documents([20_000] * 120)
+    write(tmp_path / "d", documents, compression=compression, batch_tokens=20_000, shard_bytes=800_000)
+    monkeypatch.setattr(shards, "OPEN_BLOCKS", 4)
+    monkeypatch.setattr(shards, "MAPPED_BYTES", 1 << 20)
+    dataset = Dataset(tmp_path / "d")
+    assert sum(shard.arrow_bytes for shard in dataset.manifest.shards) > 2 << 20
+    held, found = dataset.block(0).tokens, []
+    for n, document in enumerate(documents):
+        np.testing.assert_array_equal(dataset.block(n).tokens, document)
+        if n % 5 == 0:
+            found.append(resident("shard_000"))
+    # The kernel may map all that was written at once along with a page: of a copy, a whole shard.
+    assert max(found) < (1 << 20) + 800_000
+    np.testing.assert_array_equal(held, documents[0])
+
+
+def resident(name: str) -> int:
+    """Bytes of memory that this process has mapped of files with such a name."""
+    total, is_meant = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *rest = line.split()
+        if not key.endswith(":"):
+            is_meant = name in line
+        elif key == "Rss:" and is_meant:
+            total += 1024 * int(rest[0])
+    return total
 
 
 def test_several_threads_may_read(tmp_path, monkeypatch):
