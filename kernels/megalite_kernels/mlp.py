@@ -66,6 +66,7 @@ def activation_reference(pre: Tensor, activation: Activation) -> Tensor:
 
 def _gradient(d_hidden: Tensor, pre: Tensor, activation: Activation) -> Tensor:
     """The pre-activation's gradient as its formula reads."""
+    slope: Tensor
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
         s = gate.sigmoid()
@@ -73,11 +74,13 @@ def _gradient(d_hidden: Tensor, pre: Tensor, activation: Activation) -> Tensor:
         return torch.cat((d_hidden * up * slope, d_hidden * gate * s), -1)
     if activation == "gelu":
         below = 0.5 * (1 + torch.special.erf(pre / 2**0.5))
-        return d_hidden * (below + pre * torch.exp(-(pre**2) / 2) / (2 * torch.pi) ** 0.5)
-    factor = (2 / torch.pi) ** 0.5
-    tanh = (factor * (pre + 0.044715 * pre**3)).tanh()
-    inner_slope = factor * (1 + 3 * 0.044715 * pre**2)
-    return d_hidden * 0.5 * (1 + tanh + pre * (1 - tanh**2) * inner_slope)
+        slope = below + pre * torch.exp(-(pre**2) / 2) / (2 * torch.pi) ** 0.5
+    else:
+        factor = (2 / torch.pi) ** 0.5
+        tanh = (factor * (pre + 0.044715 * pre**3)).tanh()
+        inner_slope = factor * (1 + 3 * 0.044715 * pre**2)
+        slope = 0.5 * (1 + tanh + pre * (1 - tanh**2) * inner_slope)
+    return d_hidden * slope
 
 
 class _Activation(torch.autograd.Function):
