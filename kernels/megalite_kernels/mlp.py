@@ -16,6 +16,7 @@ from megalite_kernels.cost import Cost
 from megalite_kernels.dispatch import Impl, resolve
 
 Activation = Literal["swiglu", "gelu", "gelu_tanh"]
+_CPU_ROWS = 256  # on CPU so many rows at a time go through backward's passes, near a core's cache
 
 
 def swiglu(gate_up: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -170,7 +171,10 @@ def activation_backward(
     d_pre = torch.empty_like(pre, memory_format=torch.contiguous_format)
     d_hidden = d_pre[:, : weight.shape[0]].addmm_(dy, weight.T, beta=0)
     hidden = dy.new_empty(pre.shape[0], weight.shape[0])
-    _activate_backward(d_hidden, pre, d_pre, activation, hidden)
+    block = _CPU_ROWS if pre.device.type == "cpu" else max(pre.shape[0], 1)
+    for low in range(0, pre.shape[0], block):
+        rows = slice(low, low + block)
+        _activate_backward(d_hidden[rows], pre[rows], d_pre[rows], activation, hidden[rows])
     return d_pre, hidden
 
 
