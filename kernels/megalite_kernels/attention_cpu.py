@@ -5,7 +5,9 @@ rows. With every row complete there is no online rescaling, and the triangle abo
 computed. That is 2–3 times faster in bf16 than torch's CPU flash attention, which remains the check.
 
 Inside, a tensor is [batch · kv_heads, group, seq, head_dim]: the query heads that share a key head lie
-side by side, so one matrix product serves the whole group and sums its key gradients.
+side by side, so one matrix product serves the whole group and sums its key gradients. A block's keys
+are copied out before they are transposed: torch hands oneDNN transposed views of whole tensors only, and
+would copy a slice element by element.
 """
 
 from __future__ import annotations
@@ -125,7 +127,7 @@ def _forward_cpu(
         size = math.prod(shape)
         p = kept[used : used + size].view(shape) if keep else None
         used += size
-        p = _probabilities(scaled, k[:, keys], blocks, queries, keys, out=p)
+        p = _probabilities(scaled, k[:, keys].contiguous(), blocks, queries, keys, out=p)
         o = torch.bmm(p, v[:, keys]).view(q.shape[0], -1, queries.stop - queries.start, head_dim)
         output[:, queries] = _ungrouped(o, batch)
     return output, kept
@@ -190,17 +192,18 @@ def _backward_cpu(
     for queries, keys in reversed(list(blocks)):
         scaled = _rows(q, queries) * scale
         do = _grouped(grad[:, queries], kv_heads).reshape(scaled.shape)
+        block_k, block_v = k[:, keys].contiguous(), v[:, keys].contiguous()
         if kept.numel():
             shape = (*scaled.shape[:2], keys.stop - keys.start)
             used -= math.prod(shape)
             p = kept[used : used + math.prod(shape)].view(shape)
         else:
-            p = _probabilities(scaled, k[:, keys], blocks, queries, keys)
+            p = _probabilities(scaled, block_k, blocks, queries, keys)
         _add_keys(dv, torch.bmm(p.transpose(1, 2), do), keys, stored)
-        dp = torch.bmm(do, v[:, keys].transpose(1, 2))
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+        dp = torch.bmm(do, block_v.transpose(1, 2))
+        ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
         target = dq[:, :, queries]
-        torch.mul(torch.bmm(ds, k[:, keys]).view(target.shape), scale, out=target)
+        torch.mul(torch.bmm(ds, block_k).view(target.shape), scale, out=target)
         _add_keys(dk, torch.bmm(ds.transpose(1, 2), scaled), keys, stored)
         stored = min(stored, keys.start)
     return (

@@ -151,64 +151,82 @@ def replace_by_gradient(
         return found
     targets = targets[:, None]
     block = _CPU_ROWS if logits.device.type == "cpu" else max(logits.shape[0], 1)
-    statistics = None if shard is None else _shared_statistics(logits, targets, terms, block, shard)
-    sums = logits.new_zeros(2, dtype=torch.promote_types(logits.dtype, torch.float32))
+    if shard is None:
+        return _whole_rows(logits, targets, terms, block, wants_gradient)
+    statistics = _shared_statistics(logits, targets, terms, block, shard)
+    sums = logits.new_zeros(2, dtype=statistics.dtype)
     for low in range(0, logits.shape[0], block):
-        part, part_targets = logits[low : low + block], targets[low : low + block]
-        if shard is None or statistics is None:
-            gradient, row_sums = _softmax_rows(part, part_targets, terms)
-        else:
-            rows = statistics[low : low + block]
-            gradient, row_sums = _shard_rows(part, part_targets, rows, terms, shard)
+        rows = slice(low, low + block)
+        gradient, row_sums = _shard_rows(logits[rows], targets[rows], statistics[rows], terms, shard)
         sums += row_sums
         if wants_gradient:
-            part.copy_(gradient)
+            logits[rows] = gradient
     return sums
 
 
 # --- in torch ---------------------------------------------------------------------------------
 
 
-def _softmax_rows(logits: Tensor, target: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """Gradient of the summed loss in the logits' dtype, and [loss, z part of it] in at least fp32.
+def _whole_rows(logits: Tensor, target: Tensor, terms: Terms, block: int, wants_gradient: bool) -> Tensor:
+    """`replace_by_gradient`, the exponentials and what else meets every logit in blocks of rows.
 
     Shapes:  logits [rows, vocab]; target [rows, 1]
     """
     valid = (target != IGNORE_INDEX).to(torch.promote_types(logits.dtype, torch.float32))
     target = target.masked_fill(target == IGNORE_INDEX, 0)
-    wide = logits.to(valid.dtype)
-    p = wide.softmax(-1)
-    # The largest probability is exp(largest logit - lse): the row's log-sum-exp for the price of two
-    # maxima, where a logsumexp would compute every exponential again.
-    lse = wide.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
-    target_logit = wide.gather(1, target)
-    mean = wide.mean(-1, keepdim=True) if terms.label_smoothing else None
-    factor, at_target, sums = _row_terms(valid, lse, target_logit, mean, terms)
-    p.mul_(factor)
-    if terms.label_smoothing:
-        share = valid * (terms.label_smoothing / logits.shape[1])
-        p -= share
-        at_target -= share
-    gradient = p.to(logits.dtype)
-    gradient.scatter_(1, target, at_target.to(logits.dtype))
-    return gradient, sums
+    target_logit = logits.gather(1, target).to(valid.dtype)
+    lse = torch.empty_like(valid)
+    mean = torch.empty_like(valid) if terms.label_smoothing else None
+    for low in range(0, logits.shape[0], block):
+        rows = slice(low, low + block)
+        wide = logits[rows].to(valid.dtype)
+        p = wide.softmax(-1)
+        # The largest probability is exp(largest logit - lse): the row's log-sum-exp for the price of
+        # two maxima, where a logsumexp would compute every exponential again.
+        lse[rows] = wide.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+        if mean is not None:
+            mean[rows] = wide.mean(-1, keepdim=True)
+        if wants_gradient:
+            p.mul_(_factor(valid[rows], lse[rows], terms))
+            if terms.label_smoothing:
+                p -= valid[rows] * (terms.label_smoothing / logits.shape[1])
+            logits[rows] = p
+    at_target, sums = _row_terms(valid, lse, target_logit, mean, terms)
+    if wants_gradient:
+        at_target -= valid * (terms.label_smoothing / logits.shape[1])
+        _put(logits, target, at_target)
+    return sums
+
+
+def _put(rows: Tensor, columns: Tensor, values: Tensor) -> None:
+    """rows[i, columns[i]] = values[i]. On CPU `scatter_` would copy all of the rows.
+
+    Shapes:  rows [n, m]; columns, values [n, 1]
+    """
+    n = torch.arange(rows.shape[0], device=rows.device)
+    rows[n, columns[:, 0]] = values[:, 0].to(rows.dtype)
+
+
+def _factor(valid: Tensor, lse: Tensor, terms: Terms) -> Tensor:
+    """What each row's probabilities are multiplied by; all [rows, 1]."""
+    return valid * (1 + 2 * terms.z_loss * lse)
 
 
 def _row_terms(
     valid: Tensor, lse: Tensor, target_logit: Tensor, mean: Tensor | None, terms: Terms
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What each row's probabilities are multiplied by, the gradient at its target, and [loss, z part].
+) -> tuple[Tensor, Tensor]:
+    """The gradient at each row's target but for what label smoothing takes from every logit, and
+    [loss, z part].
 
-    Shapes:  valid (0 or 1), lse, target_logit and mean [rows, 1]; returns two of [rows, 1], and [2]
+    Shapes:  valid (0 or 1), lse, target_logit and mean [rows, 1]; returns [rows, 1], and [2]
     """
     sharp = 1 - terms.label_smoothing
     z = terms.z_loss * lse.square() * valid
     aim = target_logit if mean is None else sharp * target_logit + terms.label_smoothing * mean
     loss = (lse - aim) * valid + z
-    factor = valid * (1 + 2 * terms.z_loss * lse)
     # The target's element is p - 1, formed in fp32: near p = 1 a rounded p would leave nothing.
-    at_target = (target_logit - lse).exp() * factor - valid * sharp
-    return factor, at_target, torch.cat((loss.sum()[None], z.sum()[None]))
+    at_target = (target_logit - lse).exp() * _factor(valid, lse, terms) - valid * sharp
+    return at_target, torch.cat((loss.sum()[None], z.sum()[None]))
 
 
 # --- a vocabulary divided among ranks ---------------------------------------------------------
@@ -248,7 +266,7 @@ def _combined(gathered: Tensor) -> Tensor:
 def _shard_rows(
     logits: Tensor, target: Tensor, statistics: Tensor, terms: Terms, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
-    """`_softmax_rows` for a shard's logits, from the `statistics` of whole rows.
+    """A shard's gradient in the logits' dtype, and [loss, z part of it], from whole rows' `statistics`.
 
     Shapes:  logits [rows, vocab/ranks]; target [rows, 1]; statistics [rows, 2 or 3]
     """
@@ -256,14 +274,15 @@ def _shard_rows(
     is_known = (valid == 0) | ((target >= 0) & (target < shard.vocab_size))
     lse, target_logit = statistics[:, :1], statistics[:, 1:2].where(is_known, torch.nan)
     mean = statistics[:, 2:] / shard.vocab_size if terms.label_smoothing else None
-    factor, at_target, sums = _row_terms(valid, lse, target_logit, mean, terms)
-    wide = (logits.to(statistics.dtype) - lse).exp_().mul_(factor)
+    at_target, sums = _row_terms(valid, lse, target_logit, mean, terms)
+    wide = (logits.to(statistics.dtype) - lse).exp_().mul_(_factor(valid, lse, terms))
     if terms.label_smoothing:
         share = valid * (terms.label_smoothing / shard.vocab_size)
         wide -= share
         at_target -= share
     gradient = wide.to(logits.dtype)
     local = _local(target, shard, logits.shape[1])
-    held = gradient.gather(1, local.clamp_min(0))
-    gradient.scatter_(1, local.clamp_min(0), at_target.to(logits.dtype).where(local >= 0, held))
+    place = local.clamp_min(0)
+    held = gradient.gather(1, place)
+    _put(gradient, place, at_target.to(logits.dtype).where(local >= 0, held))
     return gradient, sums

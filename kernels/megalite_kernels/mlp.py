@@ -16,6 +16,7 @@ from megalite_kernels.cost import Cost
 from megalite_kernels.dispatch import Impl, resolve
 
 Activation = Literal["swiglu", "gelu", "gelu_tanh"]
+_CPU_ROWS = 256  # on CPU so many rows at a time go through backward's passes, near a core's cache
 
 
 def swiglu(gate_up: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -64,6 +65,25 @@ def activation_reference(pre: Tensor, activation: Activation) -> Tensor:
     return 0.5 * pre * twice_share
 
 
+def _gradient(d_hidden: Tensor, pre: Tensor, activation: Activation) -> Tensor:
+    """The pre-activation's gradient as its formula reads."""
+    slope: Tensor
+    if activation == "swiglu":
+        gate, up = pre.chunk(2, dim=-1)
+        s = gate.sigmoid()
+        slope = s * (1 + gate * (1 - s))
+        return torch.cat((d_hidden * up * slope, d_hidden * gate * s), -1)
+    if activation == "gelu":
+        below = 0.5 * (1 + torch.special.erf(pre / 2**0.5))
+        slope = below + pre * torch.exp(-(pre**2) / 2) / (2 * torch.pi) ** 0.5
+    else:
+        factor = (2 / torch.pi) ** 0.5
+        tanh = (factor * (pre + 0.044715 * pre**3)).tanh()
+        inner_slope = factor * (1 + 3 * 0.044715 * pre**2)
+        slope = 0.5 * (1 + tanh + pre * (1 - tanh**2) * inner_slope)
+    return d_hidden * slope
+
+
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pre: Tensor, activation: Activation) -> Tensor:
@@ -74,6 +94,8 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (pre,) = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            return _gradient(grads[0], pre, ctx.activation), None
         d_pre = torch.empty_like(pre, memory_format=torch.contiguous_format)
         _activate_backward(grads[0], pre, d_pre, ctx.activation)
         return d_pre, None
@@ -143,11 +165,16 @@ def activation_backward(
 
         d_pre, hidden = kernel(dy @ weight.T, pre, activation)
         return d_pre, hidden
+    if torch.compiler.is_compiling():  # fuses formulas, and makes detours of writes to parts of a tensor
+        return activation_backward_reference(dy, weight, pre, activation=activation)
     # d_hidden is written to where d_pre will be: no memory beyond the results.
     d_pre = torch.empty_like(pre, memory_format=torch.contiguous_format)
     d_hidden = d_pre[:, : weight.shape[0]].addmm_(dy, weight.T, beta=0)
     hidden = dy.new_empty(pre.shape[0], weight.shape[0])
-    _activate_backward(d_hidden, pre, d_pre, activation, hidden)
+    block = _CPU_ROWS if pre.device.type == "cpu" else max(pre.shape[0], 1)
+    for low in range(0, pre.shape[0], block):
+        rows = slice(low, low + block)
+        _activate_backward(d_hidden[rows], pre[rows], d_pre[rows], activation, hidden[rows])
     return d_pre, hidden
 
 
@@ -155,21 +182,7 @@ def activation_backward_reference(
     dy: Tensor, weight: Tensor, pre: Tensor, *, activation: Activation
 ) -> tuple[Tensor, Tensor]:
     """`activation_backward` as its formula reads."""
-    d_hidden = dy @ weight.T
-    if activation == "swiglu":
-        gate, up = pre.chunk(2, dim=-1)
-        s = gate.sigmoid()
-        slope = s * (1 + gate * (1 - s))
-        d_pre = torch.cat((d_hidden * up * slope, d_hidden * gate * s), -1)
-    elif activation == "gelu":
-        below = 0.5 * (1 + torch.special.erf(pre / 2**0.5))
-        d_pre = d_hidden * (below + pre * torch.exp(-(pre**2) / 2) / (2 * torch.pi) ** 0.5)
-    else:
-        factor = (2 / torch.pi) ** 0.5
-        tanh = (factor * (pre + 0.044715 * pre**3)).tanh()
-        inner_slope = factor * (1 + 3 * 0.044715 * pre**2)
-        d_pre = d_hidden * 0.5 * (1 + tanh + pre * (1 - tanh**2) * inner_slope)
-    return d_pre, activation_reference(pre, activation)
+    return _gradient(dy @ weight.T, pre, activation), activation_reference(pre, activation)
 
 
 def mlp(x: Tensor, w_up: Tensor, w_down: Tensor, *, activation: Activation, impl: Impl = "auto") -> Tensor:
@@ -229,19 +242,11 @@ def _activate_backward(
         return
     (gate, up), (d_gate, d_up) = pre.chunk(2, dim=-1), d_pre.chunk(2, dim=-1)
     activated = F.silu(gate) if hidden is None else aten.silu.out(gate, out=hidden)
-    _multiply(activated, d_hidden, d_up)
-    _multiply(d_hidden, up, d_gate)
+    torch.mul(activated, d_hidden, out=d_up)
+    torch.mul(d_hidden, up, out=d_gate)
     aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
     if hidden is not None:
         hidden.mul_(up)
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """a·b, written to `out`; torch.compile takes no strided `out=`, and needs none to save memory."""
-    if torch.compiler.is_compiling():
-        out.copy_(a * b)
-    else:
-        torch.mul(a, b, out=out)
 
 
 def _approximation(activation: Activation) -> str:

@@ -79,13 +79,12 @@ class _Rope(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = x.transpose(1, 2).to(
-        torch.promote_types(x.dtype, cos.dtype), memory_format=torch.contiguous_format
-    )
+    # Reordered before it is widened: a copy that does both takes twice the time of one after the other.
+    wide = x.transpose(1, 2).contiguous().to(torch.promote_types(x.dtype, cos.dtype))
     first, second = wide.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
-    y = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-    return y.to(x.dtype).transpose(1, 2)
+    y = (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin))
+    return torch.cat(y, -1).to(x.dtype).transpose(1, 2)
 
 
 def rope_cost(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> Cost:

@@ -27,6 +27,7 @@ from megalite.parallel.mesh import Mesh
 from megalite.parallel.pipeline import Pipeline, Program, build_programs
 from megalite.parallel.schedule import build_evaluation, build_schedule
 from megalite.parallel.sharding import Replica, shard_specs
+from megalite.parallel.uncompiled import prepare_to_compile
 
 
 class NativeEngine:
@@ -64,6 +65,7 @@ class NativeEngine:
             self.dtype,
         )
         if config.train.compile:
+            prepare_to_compile()
             for block in self.model.blocks.values():
                 block.compile()
         self._programs: dict[tuple[int, bool], Program] = {}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megalite.optim.buckets import ROOT, Bucket, FlatLayout, Slot
 from megalite.parallel.collectives import Pending, start_all_gather
+from megalite.parallel.uncompiled import uncompiled
 
 
 class Weights:
@@ -165,14 +166,14 @@ class _UnitHooks:
     def __init__(self, weights: Weights, unit: str, before: str | None, after: str | None) -> None:
         self.weights, self.unit, self.before, self.after = weights, unit, before, after
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def before_forward(self, module: nn.Module, args: Any) -> None:
         weights = self.weights
         weights._need(self.unit)
         if self.after is not None and not weights._in_backward:
             weights._start(self.after)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def after_forward(self, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
         weights = self.weights
         if weights._in_backward:  # computed again: its backward follows at once
@@ -184,7 +185,7 @@ class _UnitHooks:
                 return
         weights._release_unit(self.unit)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def before_backward(self, grad: Tensor) -> None:
         weights = self.weights
         weights._in_backward = True

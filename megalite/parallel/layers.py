@@ -21,6 +21,7 @@ from megalite.parallel.collectives import all_reduce, start_all_gather, start_al
 from megalite.parallel.deferred import WeightGradients, current_gradients, deferred_leaf, linear
 from megalite.parallel.mesh import ALONE, Axis
 from megalite.parallel.sharding import Piece, ShardedModule, ShardSpec, split, split_range, whole
+from megalite.parallel.uncompiled import uncompiled
 from megalite_kernels import VocabShard, embedding
 
 
@@ -143,11 +144,9 @@ def qkv_spec(
 
 
 # --- moving activations ---------------------------------------------------------------------------
-#
-# Kept out of compiled graphs: what matters here is when a transfer starts and when it is waited for.
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def enter_tp(x: Tensor, tp: TensorParallel) -> Tensor:
     """The whole stream for a computation that is divided over the axis (Megatron's f).
 
@@ -158,7 +157,7 @@ def enter_tp(x: Tensor, tp: TensorParallel) -> Tensor:
     return y
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def reduce_from_tp(x: Tensor, tp: TensorParallel) -> Tensor:
     """The sum of every rank's share (Megatron's g); the inverse of `enter_tp`.
 
@@ -210,7 +209,7 @@ class _Reduce(torch.autograd.Function):
         return gather_tokens(grads[0], ctx.tp.axis) if ctx.tp.divides_tokens else grads[0], None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def _column_parallel(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
     gradients = current_gradients()
     leaf = weight if gradients is None else deferred_leaf(weight)

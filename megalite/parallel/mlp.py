@@ -17,6 +17,7 @@ from torch import Tensor
 from megalite.parallel.collectives import all_reduce, start_all_gather, start_all_reduce, start_reduce_scatter
 from megalite.parallel.deferred import WeightGradients, current_gradients, deferred_leaf
 from megalite.parallel.layers import TensorParallel, gather_tokens, scatter_sum_tokens
+from megalite.parallel.uncompiled import uncompiled
 from megalite_kernels import activation_backward, linear_activation
 from megalite_kernels.mlp import Activation
 
@@ -62,8 +63,7 @@ def _apply(
     return y
 
 
-# When a transfer starts and when it is waited for is not for a compiler to decide.
-_apply_uncompiled = torch.compiler.disable(_apply)  # type: ignore[no-untyped-call]
+_apply_uncompiled = uncompiled(_apply)
 
 
 class _ParallelMLP(torch.autograd.Function):
