@@ -87,16 +87,19 @@ def test_train_from_another_directory(config: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "launcher",
     [
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "-m",
-            "megalite",
-        ],
+        pytest.param(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+                "-m",
+                "megalite",
+            ],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             [
                 "deepspeed",

@@ -12,6 +12,7 @@ from megalite.data.loader import Share
 from megalite.errors import CheckpointError
 from megalite.parallel.mesh import Mesh
 from megalite.trainer import Trainer
+from tests.daily import one_a_day
 from tests.ranks import SOLO, run_ranks
 from tests.trainer.runs import lay_out, tiny, write_dataset
 
@@ -108,7 +109,7 @@ LAYOUTS: list[tuple[int, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("world", "layout"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(("world", "layout"), one_a_day(*LAYOUTS), ids=str)
 def test_going_back_gives_the_same_losses_bit_for_bit(tmp_path: Path, world: int, layout: list[str]) -> None:
     for name in ("train", "valid"):
         write_dataset(tmp_path / name, seed=1, documents=30)

@@ -19,6 +19,7 @@ from . import hostile
 from .datasets import random_documents, write
 
 
+@pytest.mark.slow
 def test_crafted_datasets_are_refused_in_little_memory_and_time(tmp_path):
     names = hostile.build(tmp_path)
     command = [sys.executable, "-m", "tests.data.hostile", str(tmp_path)]

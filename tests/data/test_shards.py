@@ -19,6 +19,7 @@ from megalite.data.manifest import COMPRESSIONS, Manifest, ShardInfo
 from megalite.data.shards import Dataset
 from megalite.data.tokenizer import ByteTokenizer
 from megalite.errors import DataError
+from tests.daily import one_a_day
 
 from .datasets import WideTokenizer, random_documents, read_everything, verify, write
 
@@ -159,7 +160,7 @@ def test_unpacked_blocks_are_bounded_by_bytes(tmp_path, monkeypatch):
     assert dataset._open_bytes == sum(size for _, size in dataset._open.values()) <= 5000
 
 
-@pytest.mark.parametrize("compression", [None, "zstd", "zstd-shard"])
+@pytest.mark.parametrize("compression", one_a_day("zstd", None, "zstd-shard"))
 def test_resident_pages_of_shards_are_bounded(tmp_path, compression, monkeypatch):
     documents = random_documents([20_000] * 120)
     write(tmp_path / "d", documents, compression=compression, batch_tokens=20_000, shard_bytes=800_000)

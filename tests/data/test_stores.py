@@ -100,6 +100,7 @@ def test_a_dataset_in_a_bucket(store, name, capsys):
     assert "40,000" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_batches_are_those_of_the_same_files_on_disk(store, tmp_path):
     """A mixture, continued in the middle, through a cache that holds half of it; fetching ahead competes."""
     settings = {"sources": [{"weight": 0.7}, {"weight": 0.3}], "shuffle_chunks": 2}

@@ -171,6 +171,7 @@ def test_one_process_two_processes_and_two_ranks_give_the_same_bytes(tmp_path, s
     assert any(name.endswith(".arrow") for name in first)
 
 
+@pytest.mark.slow
 def test_killed_at_any_rename_it_goes_on_to_the_same_bytes(tmp_path, source):
     whole, killed = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
     with crew(whole.parent) as one:

@@ -137,6 +137,7 @@ def refuse_all(folders: str) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_hostile_checkpoints_are_refused_in_little_time_and_memory(tmp_path: Path) -> None:
     assert len(CORPUS) > 30
     for name, plant in CORPUS.items():

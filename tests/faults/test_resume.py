@@ -108,6 +108,7 @@ def stop_at(mesh: Mesh, config: Config, step: int) -> None:
         trainer.fit(PreemptionFlag())
 
 
+@pytest.mark.slow
 def test_rank_counts_1_2_4_1_continue_the_same_curve(root: Path) -> None:
     config = short(root, "moved")
     whole = curve(run_ranks(train, 1, short(root, "whole"))[0])

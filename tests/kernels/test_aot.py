@@ -133,6 +133,7 @@ def test_products_and_their_instructions_are_counted() -> None:
     assert len(aot._TENSOR_CORE.findall(ptx)) == 2
 
 
+@pytest.mark.slow
 def test_a_case_that_does_not_compile_is_named_and_the_others_go_on() -> None:
     name = aot.case_names()[0]
     found = aot.compile_cases([("sm_80", "norm:no such case"), ("sm_80", name)], processes=1)
@@ -140,6 +141,7 @@ def test_a_case_that_does_not_compile_is_named_and_the_others_go_on() -> None:
     assert isinstance(found["sm_80", name], list)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A compiler that aborts takes its process with it: of two cases, both are told."""
     (tmp_path / "triton").mkdir()

@@ -15,6 +15,7 @@ import pytest
 from tests import early
 
 FOLDER = Path(__file__).parent / "interpreted"
+EVERY_DAY = ("test_rope.py", "test_norm.py")  # each takes seconds
 FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 
 pytest.importorskip("triton")
@@ -32,7 +33,7 @@ def begin_early(items: Sequence[pytest.Function]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "test_training.py")) for name in FILES]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in EVERY_DAY)) for name in FILES]
 )
 def test_interpreted(name: str) -> None:
     done = _runs[name].result()

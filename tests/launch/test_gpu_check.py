@@ -247,6 +247,7 @@ def test_compiling_ahead_ends_within_its_time(
     assert capsys.readouterr().out.startswith("compiled ahead: 1 of 2 processes finished in 2 s")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
 def test_a_share_of_what_is_compiled_ahead() -> None:
     """Every fortieth action, of kernels that are interpreted."""

@@ -110,6 +110,7 @@ def test_a_crash_loop_ends_and_the_pauses_grow_up_to_their_cap(tmp_path: Path) -
     assert said.endswith("giving up: 4 failures in a row without a new checkpoint\n")
 
 
+@pytest.mark.slow
 def test_a_new_checkpoint_resets_the_count(tmp_path: Path) -> None:
     ended, starts, _ = _supervise(tmp_path, f"if [ $n -le 6 ]; then {STEP} fi; exit 9")
     assert (ended, starts) == (9, 9)  # six with progress, then three without

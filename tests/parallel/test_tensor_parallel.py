@@ -19,6 +19,7 @@ from megalite.parallel.collectives import all_reduce
 from megalite.parallel.layers import TensorParallel, qkv_spec
 from megalite.parallel.mesh import Axis, Mesh, MeshShape, build_mesh
 from megalite.parallel.sharding import ShardSpec, shard_specs, split, split_range
+from tests.daily import one_a_day
 from tests.ranks import run_ranks
 
 SMALL: dict[str, Any] = {
@@ -117,7 +118,7 @@ def test_loss_and_gradients_are_those_of_one_process(name: str, tp: int, sequenc
         assert max(errors.values()) < 1e-12, max(errors.items(), key=lambda item: item[1])
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", one_a_day("selective", "full"))
 def test_recompute_repeats_the_communication(recompute: Recompute) -> None:
     for sequence in (False, True):
         for errors in run_ranks(_errors, 2, MODELS["gpt2-dropout"], 2, sequence, recompute):

@@ -39,6 +39,7 @@ from megalite.parallel.mesh import Axis, Mesh, MeshShape, build_mesh
 from megalite.parallel.pipeline import Pipeline, build_programs
 from megalite.parallel.schedule import SCHEDULES, build_schedule
 from megalite.parallel.sharding import shard_specs
+from tests.daily import one_a_day
 from tests.ranks import run_ranks
 
 LAYERS, HIDDEN, SEQ, MICRO = 3, 16, 8, 2
@@ -124,7 +125,7 @@ def _least(config: Config, n: int, micro_batches: int) -> Fraction:
     return least
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", one_a_day(2, 3))
 def test_zero(n: int) -> None:
     runs = [
         (_config(n, micro_batches, zero_stage=stage, bucket_mib=bucket_mib), micro_batches)
@@ -145,7 +146,7 @@ def test_padding_is_all_that_exceeds_the_parameters() -> None:
     assert 0 < extra <= 2 * 2 * traffic.WORD * len(sizes)
 
 
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", one_a_day(2, 4))
 def test_tensor_parallel(n: int) -> None:
     runs, least = [], []
     for micro_batches, sequence in ((1, False), (3, False), (1, True), (3, True)):

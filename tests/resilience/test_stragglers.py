@@ -120,6 +120,7 @@ def train_with_a_delay(mesh: Mesh, root: str, first: int) -> list[dict[str, Any]
     return read_json_lines(Path(config.run_dir) / "ledger.jsonl")
 
 
+@pytest.mark.slow
 def test_50_ms_more_on_one_of_four_ranks_are_named_and_nothing_before(tmp_path: Path) -> None:
     """Nobody in ten windows of five steps; then rank 2 in three, or once the machine is quiet for three."""
     write_dataset(tmp_path / "train", seed=1, documents=40)

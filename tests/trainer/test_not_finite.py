@@ -104,6 +104,7 @@ def train(mesh: Mesh, config: Config, is_broken: bool, skipped: list[tuple[int, 
     return Found(is_applied, curve(metrics(Path(config.run_dir))), state, trainer.engine.applied_steps)
 
 
+EVERY_DAY = ("", "mesh.zero_stage=2", "mesh.tp=2")
 LAYOUTS = [
     (1, ""),
     (2, "mesh.zero_stage=0"),
@@ -131,9 +132,7 @@ LAYOUTS = [
 @pytest.mark.parametrize(
     ("world", "layout"),
     [
-        pytest.param(
-            world, keys, id=f"{world}-{keys}", marks=[pytest.mark.slow] * (world > 2 or "deep" in keys)
-        )
+        pytest.param(world, keys, id=f"{world}-{keys}", marks=[pytest.mark.slow] * (keys not in EVERY_DAY))
         for world, keys in LAYOUTS
     ],
 )

@@ -18,6 +18,7 @@ from megalite.log import read_json_lines
 from megalite.parallel.mesh import Mesh
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
+from tests.daily import one_a_day
 from tests.ranks import run_ranks
 from tests.trainer.poison import poison, rollbacks, run
 from tests.trainer.runs import curve, lay_out, metrics, tiny
@@ -36,17 +37,17 @@ SHORT += ["checkpoint.snapshots_kept=3"]
 
 @pytest.mark.parametrize(
     ("world", "layout"),
-    [
+    one_a_day(
+        (2, ["mesh.zero_stage=2", "checkpoint.every_steps=4"]),
         (1, []),
         (1, ["checkpoint.snapshot_every_steps=3"]),
         (1, ["checkpoint.every_steps=4", "train.precision=bf16"]),
         (1, ["checkpoint.every_steps=4", "train.precision=fp16"]),
         (2, ["checkpoint.snapshot_every_steps=3"]),
-        (2, ["mesh.zero_stage=2", "checkpoint.every_steps=4"]),
         (2, ["mesh.zero_stage=3", "checkpoint.snapshot_every_steps=5"]),
         (2, ["mesh.tp=2", "checkpoint.every_steps=4", "mesh.sequence_parallel=true"]),
         (2, ["mesh.pp=2", "checkpoint.snapshot_every_steps=3"]),
-    ],
+    ),
     ids=str,
 )
 def test_after_a_rollback_the_run_is_one_that_never_had_the_batches(
@@ -77,6 +78,7 @@ def test_deepspeed_goes_back_too(root: Path, stage: int) -> None:
     assert found == run_ranks(run, 2, oracle, [], "", [rollback.skipped], timeout_s=180)
 
 
+@pytest.mark.slow
 def test_a_wild_spike_and_a_second_one(root: Path, alone: Mesh) -> None:
     """Refused against what healthy steps had before, both, and both left out."""
     common = ["train.steps=140", "resilience.rewind_steps=10", "resilience.skip_steps=12", "optim.lr=1e-3"]
@@ -92,6 +94,7 @@ def test_a_wild_spike_and_a_second_one(root: Path, alone: Mesh) -> None:
     )
 
 
+@pytest.mark.slow
 def test_less_than_asked_is_gone_back_before_all_is_lost(root: Path, alone: Mesh) -> None:
     """No state is as old as it should be: the oldest from before the spike, not the seed."""
     common = [*SHORT, "checkpoint.snapshot_every_steps=2", "checkpoint.snapshots_kept=2"]
@@ -125,6 +128,7 @@ def test_samples_left_out_by_hand(root: Path, alone: Mesh) -> None:
         Trainer(tiny(root, "train.steps=9", "data.skip=[[0, 24]]", f"run_dir={root}/a"), alone)
 
 
+@pytest.mark.slow
 def test_killed_between_the_ledger_and_the_rollback(root: Path, alone: Mesh) -> None:
     """The ledger has the line, nothing else has happened; newer checkpoints lie there to mislead."""
     common = [*SHORT, "checkpoint.every_steps=4", "checkpoint.keep_last=9"]
@@ -168,6 +172,7 @@ def test_a_ledger_that_was_tampered_with_is_named(root: Path, alone: Mesh, line:
         Trainer(tiny(root, "train.steps=4"), alone)
 
 
+@pytest.mark.slow
 def test_earlier_rollbacks_are_told_at_the_start(
     root: Path, alone: Mesh, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,6 +214,7 @@ def test_an_error_that_stays_ends_the_run_and_names_the_rank(root: Path) -> None
         run_ranks(disturbed, 2, config, [math.nan, 3.0, 2.0])
 
 
+@pytest.mark.slow
 def test_the_spikes_command(root: Path, alone: Mesh, capsys: pytest.CaptureFixture[str]) -> None:
     common = [*SHORT, "checkpoint.every_steps=4", f"run_dir={root}/run"]
     run(alone, tiny(root, *common), [batches(13, 16)], "nan", [])
@@ -226,6 +232,7 @@ def test_the_spikes_command(root: Path, alone: Mesh, capsys: pytest.CaptureFixtu
     assert main(["spikes", str(root / "run"), "--replay", "2"]) == 2
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_lower_after_a_rollback_when_asked(root: Path, alone: Mesh) -> None:
     config = tiny(
         root,

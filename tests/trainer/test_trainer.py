@@ -17,11 +17,13 @@ from megalite.errors import CheckpointError, DivergedError, PreemptedError
 from megalite.parallel.mesh import Mesh, build_mesh, close_mesh
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
+from tests.daily import one_a_day
 from tests.ranks import join_ranks, run_ranks, spawn_ranks
 from tests.trainer.poison import poison
 from tests.trainer.runs import curve, lay_out, metrics, tiny, train
 
 
+@pytest.mark.slow
 def test_loss_falls_below_what_frequencies_alone_allow(root: Path, alone: Mesh) -> None:
     records = train(alone, tiny(root, "train.steps=60", "train.eval_every_steps=30"))
     assert records[-1]["val_loss"] < 2.5 < 4.1 < records[0]["loss"]  # 64 byte values: ln 64 = 4.16
@@ -72,7 +74,7 @@ def test_tokens_are_counted_exactly(root: Path, alone: Mesh) -> None:
     assert [r["tokens"] for r in train(alone, config)] == [sum(valid[: n + 1]) for n in range(3)]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", one_a_day("fp32", "bf16"))
 def test_resume_is_bit_identical(root: Path, alone: Mesh, precision: str) -> None:
     common = [
         f"train.precision={precision}",
@@ -166,6 +168,7 @@ def test_fp16_lowers_its_scale_on_all_ranks_until_no_gradient_overflows(
     assert records[-1]["loss"] < records[0]["loss"]
 
 
+@pytest.mark.slow
 def test_the_loss_scale_survives_a_resume(root: Path, alone: Mesh) -> None:
     common = [
         "train.precision=fp16",
