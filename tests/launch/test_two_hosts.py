@@ -109,7 +109,7 @@ def test_two_hosts_give_the_curve_of_one_process(
     process = _start(folder, hosts[0], "two", sources)
     _wait_for_step(process, folder / "two", 1)
     for host in hosts:
-        assert len(host.processes("-u -m megalite train")) == 1
+        assert len(host.processes("-u -m megalite --local_rank=0 train")) == 1
     peers = hosts[1].run("ss", "-Htn", "state", "established", f"dst {hosts[0].address}")
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
