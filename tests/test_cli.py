@@ -148,6 +148,7 @@ def test_a_lost_peer_ends_the_others_with_76(config: Path, tmp_path: Path) -> No
     assert join_ranks(processes, timeout_s=20) == [76, -9]
 
 
+@pytest.mark.slow
 def test_a_second_call_continues_and_a_third_finds_nothing_to_do(config: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megalite", "train", str(config), "run_dir=again"]
     assert _run(*command, "train.steps=3", cwd=tmp_path).returncode == 0
@@ -221,6 +222,7 @@ def test_processes_that_do_not_meet_end_with_76(config: Path, tmp_path: Path) ->
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_console_that_goes_away_does_not_end_the_run(config: Path, tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)

@@ -177,6 +177,7 @@ with ShardWriter(sys.argv[1], ByteTokenizer(), resume=True, batch_tokens=200, sh
 """
 
 
+@pytest.mark.slow
 def test_a_writer_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
     write(tmp_path / "whole", random_documents([50] * 400), batch_tokens=200, shard_bytes=2000)
     finished = [0]
@@ -274,6 +275,7 @@ def write_part(folder: str, part: int) -> None:
                 writer.write(f"doc{n}", "test", document)
 
 
+@pytest.mark.slow
 def test_parts_written_by_several_processes_are_joined(tmp_path):
     parts = [tmp_path / f"part{n}" for n in range(3)]
     running = [

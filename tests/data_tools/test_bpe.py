@@ -91,6 +91,7 @@ def expected(reference: JsonTokenizer, texts: list[str]) -> list[list[int]]:
     return [[*ids.tolist(), reference.eos_id] for ids in reference.encode_batch(texts)]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(st.lists(TEXT, min_size=1, max_size=4))
 @example(

@@ -29,6 +29,7 @@ def write(path: Path, batches: list[pa.RecordBatch]) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(rows=st.lists(st.text(max_size=40), max_size=12), cuts=st.lists(st.integers(0, 12), max_size=4))
 def test_a_part_does_not_depend_on_how_it_was_cut_into_batches(

@@ -182,6 +182,7 @@ def test_a_run_that_needs_every_epoch_under_a_curriculum(tmp_path: Path) -> None
     assert {entry["epochs"] for entry in read_report(out)["groups"]} == {4.0}
 
 
+@pytest.mark.slow
 def test_the_same_wherever_it_lies_and_at_once_when_done(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

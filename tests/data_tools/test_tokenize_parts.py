@@ -150,6 +150,7 @@ def test_buckets_are_groups(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_one_process_two_processes_and_two_ranks_give_the_same_bytes(tmp_path, source):
     bpe(tmp_path / "bpe")
     how = settings(tokenizer=str(tmp_path / "bpe"), compression="zstd")

@@ -42,6 +42,7 @@ def flip(path: Path, bit: int) -> None:
         file.write(bytes([byte ^ 1 << bit % 8]))
 
 
+@pytest.mark.slow
 def test_1000_flipped_bits_are_all_noticed(two: Path) -> None:
     files = sorted((two / "step_00000002").iterdir())
     assert [path.name for path in files] == [
@@ -71,6 +72,7 @@ def test_every_single_bit_is_guarded(two: Path) -> None:
     check(open_checkpoint(two), 2)
 
 
+@pytest.mark.slow
 def test_100_files_cut_or_grown_anywhere_are_refused(two: Path) -> None:
     files = sorted((two / "step_00000002").iterdir())
     for seed in seeds(100):

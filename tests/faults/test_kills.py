@@ -18,6 +18,7 @@ import pytest
 from megalite.checkpoint import agree, commit, format, retention, snapshots, store, writer
 from megalite.checkpoint.store import newest, open_checkpoint
 from tests.checkpoint.helpers import check, save_step
+from tests.daily import one_a_day
 from tests.faults.acts import Held, load, open_writer, save_third, save_third_behind
 from tests.faults.kills import Action, Point, kill, meet, one_rank_each, record_lines
 from tests.faults.seeds import replayable, seeds
@@ -95,7 +96,7 @@ def recorded(scenario: Scenario, tmp_path: Path) -> list[list[Point]]:
     return run_ranks(record_lines, 2, scenario.action, str(root), scenario.files)
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", one_a_day(*SCENARIOS))
 def test_kill_at_some_lines(name: str, tmp_path: Path) -> None:
     both = enumerate(recorded(SCENARIOS[name], tmp_path))
     cases = [(point, rank) for rank, points in both for point in points]

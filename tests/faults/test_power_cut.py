@@ -10,6 +10,7 @@ import pytest
 
 from megalite.checkpoint.store import newest
 from tests.checkpoint.helpers import check, save_step
+from tests.daily import one_a_day
 from tests.faults.disk import Disk, recording
 from tests.faults.seeds import replayable, seeds
 from tests.faults.test_kills import SCENARIOS
@@ -18,7 +19,7 @@ from tests.ranks import SOLO
 CUTS = 8  # states tried after each call
 
 
-@pytest.mark.parametrize("name", ["save", "delete"])
+@pytest.mark.parametrize("name", one_a_day("save", "delete"))
 def test_every_prefix_of_the_calls_leaves_a_whole_checkpoint(name: str, tmp_path: Path) -> None:
     scenario, root = SCENARIOS[name], tmp_path / "checkpoints"
     scenario.prepare(root)

@@ -147,6 +147,7 @@ def time_steps(mesh: Mesh, case: Case) -> list[float]:
     return seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [Case("gpipe", 4, 6), Case("1f1b", 4, 6), Case("interleaved", 4, 6, 2), Case("zero_bubble", 4, 6)]
 )

@@ -17,6 +17,7 @@ from megalite.parallel.sharding import Replica
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.resilience.replicas import check_replicas, digest
 from megalite.trainer import Trainer
+from tests.daily import one_a_day
 from tests.ranks import run_ranks
 from tests.trainer.runs import lay_out, tiny, write_dataset
 
@@ -88,7 +89,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("layout", "flip", "group"),
-    [
+    one_a_day(
         (["mesh.zero_stage=0"], Flip(MATRIX, 1, 3), "world"),
         (["mesh.zero_stage=1"], Flip(MATRIX, 1, 4), "world"),
         (["mesh.zero_stage=2"], Flip(NORM, 0, 4), "world"),
@@ -98,7 +99,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["mesh.tp=2", "mesh.sequence_parallel=true"], Flip(NORM, 0, 4), "world"),
         (["mesh.pp=2", "model.tie_embeddings=true"], Flip("embedding", 1, 4), "world"),
         (["mesh.tp=2"], None, ""),
-    ],
+    ),
 )
 def test_a_flip_is_found_before_anything_is_saved(
     root: Path, tmp_path: Path, layout: list[str], flip: Flip | None, group: str

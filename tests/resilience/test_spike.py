@@ -14,7 +14,6 @@ import pytest
 
 from megalite.config import ResilienceConfig
 from megalite.resilience.spike import BLOCK, MIN_HISTORY, SpikeDetector
-from tests.daily import one_a_day
 
 # Loss and gradient norm as the BLOOM run reported them.
 BLOOM_LOSS = [2.20, 2.30, 2.60, 3.40, 4.30, 5.10]
@@ -43,7 +42,8 @@ def refused(detector: SpikeDetector, values: np.ndarray) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("loss_noise", "norm_noise"), one_a_day((0.01, 0.1), (0.02, 0.2)))
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss_noise", "norm_noise"), [(0.01, 0.1), (0.02, 0.2)])
 def test_at_most_one_false_alarm_in_40000_clean_steps(loss_noise: float, norm_noise: float) -> None:
     found = [
         step

@@ -84,6 +84,7 @@ def train_slowly(mesh: Mesh, root: str, sleep_s: float, claimed_s: float) -> tup
     return own, (Path(config.run_dir) / "ledger.jsonl").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_a_slow_rank_has_more_time_of_its_own_and_is_named_once(tmp_path: Path) -> None:
     """The time it claims beside what it sleeps makes the outcome sure, however busy the machine is."""
     write_dataset(tmp_path / "train", seed=1, documents=40)
