@@ -88,6 +88,7 @@ def test_temperature():
 shares = st.lists(st.integers(0, 9).map(float), min_size=3, max_size=3).filter(any).map(tuple)
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(
     weights=st.lists(shares, min_size=1, max_size=4),

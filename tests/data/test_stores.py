@@ -126,6 +126,7 @@ print(dataset.read(0, dataset.total_tokens).tokens.sum(dtype="int64"))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_fetch_each_shard_once(store):
     if store.scheme != "s3":
         pytest.skip("the cache is the same for every store")
@@ -138,6 +139,7 @@ def test_two_processes_fetch_each_shard_once(store):
     assert [store.reads[shard.file] for shard in shards] == [3, *[1] * (len(shards) - 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "packed"])
 def test_a_store_that_fails_and_recovers(store, name, monkeypatch):
     monkeypatch.setattr(remote, "SILENCE_S", 1)
@@ -151,6 +153,7 @@ def test_a_store_that_fails_and_recovers(store, name, monkeypatch):
     assert not any(store.faults.values())
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_down(store, monkeypatch):
     dataset = Dataset(address(store, "plain"))
     attempts = 6
@@ -169,6 +172,7 @@ def test_a_store_that_stays_down(store, monkeypatch):
     assert dataset.block(7).tokens.size == 2000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [400, 403])
 def test_what_is_refused_is_asked_once(store, status, capfd):
     dataset = Dataset(address(store, "plain"))
@@ -194,6 +198,7 @@ def test_objects_that_are_not_there(store):
             Dataset(missing)
 
 
+@pytest.mark.slow
 def test_objects_that_change(store):
     url = address(store, "plain")
     dataset = Dataset(url)

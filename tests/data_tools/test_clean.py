@@ -37,6 +37,7 @@ CLEAN = [
 PLAIN = CleanSettings(statistics=None)
 
 
+@pytest.mark.slow
 def test_documents_are_cleaned_and_accounted_for(tmp_path: Path) -> None:
     source = write_step(tmp_path / "in", PARTS)
     with crew(tmp_path) as work:

@@ -88,6 +88,7 @@ def test_languages_are_told_apart_and_counted(ours: Language) -> None:
     assert flow.histograms["language"] == dict.fromkeys([*SENTENCES, "und"], 1)
 
 
+@pytest.mark.slow
 def test_neighbours_change_nothing(ours: Language) -> None:
     rows = sample()
     alone = [found_by(ours, [text])[0] for text in rows]

@@ -123,6 +123,8 @@ EVERY_DAY = [
         1,
         ["rank 1 on", "is behind, in step 4 at", "in sleep_for_ever"],
     ),
+]
+LONGER = [
     (
         2,
         "skip",
@@ -131,8 +133,6 @@ EVERY_DAY = [
         ["rank 1 began", "where rank 0 began all_reduce of 48 bytes", "left one out"],
     ),
     (3, "die", "forward_backward", 1, ["rank 1 on", "is gone (its last: all_gather number"]),
-]
-LONGER = [
     (
         3,
         "sleep_for_ever",

@@ -30,7 +30,6 @@ from megalite.errors import PreemptedError
 from megalite.parallel.mesh import Mesh
 from megalite.resilience import ladder
 from megalite.resilience.preempt import PreemptionFlag
-from tests.daily import one_a_day
 from tests.faults.kills import OnEachLine, Point, Recorded, dies_at, meet, one_rank_each
 from tests.ranks import join_ranks, run_ranks, spawn_ranks
 from tests.trainer.poison import poison, rollbacks, run
@@ -163,7 +162,8 @@ def files_left(run_dir: Path) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("act", one_a_day(*ACTS))
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ACTS)
 def test_kill_at_some_lines_of_a_rollback(act: str, tmp_path: Path) -> None:
     runs = Rollbacks(tmp_path, act)
     cases = one_rank_each(runs.points)

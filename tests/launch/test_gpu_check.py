@@ -162,6 +162,7 @@ def test_an_item_that_kills_its_process_is_told_and_the_rest_goes_on(
     }
 
 
+@pytest.mark.slow
 def test_an_item_that_hangs_is_cut_at_its_stages_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +172,7 @@ def test_an_item_that_hangs_is_cut_at_its_stages_time(
     assert found["first"] == found["third"] == {"passed": True}
 
 
+@pytest.mark.slow
 def test_what_an_item_has_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compilers have workers, which would hold the pipes and the GPU."""
     monkeypatch.setattr(check, "_GRACE_S", 2)
@@ -231,6 +233,7 @@ def test_what_a_sanitizer_says(
     assert _sanitizer(tmp_path, monkeypatch, script) == found
 
 
+@pytest.mark.slow
 def test_compiling_ahead_ends_within_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

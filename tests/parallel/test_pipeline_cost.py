@@ -91,6 +91,7 @@ def watch_memory_all(mesh: Mesh, listed: list[Case]) -> list[tuple[int, int]]:
     return [watch_memory(mesh, case) for case in listed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pp", [1, 2, 4])
 def test_activations_alive_are_those_of_the_schedule(pp: int) -> None:
     listed = [Case(name, pp, 6) for name in ("gpipe", "1f1b", "zero_bubble")]

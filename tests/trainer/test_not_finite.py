@@ -104,7 +104,7 @@ def train(mesh: Mesh, config: Config, is_broken: bool, skipped: list[tuple[int, 
     return Found(is_applied, curve(metrics(Path(config.run_dir))), state, trainer.engine.applied_steps)
 
 
-EVERY_DAY = ("", "mesh.zero_stage=2", "mesh.tp=2")
+EVERY_DAY = ("", "mesh.zero_stage=2")
 LAYOUTS = [
     (1, ""),
     (2, "mesh.zero_stage=0"),

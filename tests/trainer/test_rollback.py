@@ -114,6 +114,7 @@ def test_one_bad_batch_costs_that_batch_and_no_more(root: Path, alone: Mesh) -> 
     assert state == same
 
 
+@pytest.mark.slow
 def test_samples_left_out_by_hand(root: Path, alone: Mesh) -> None:
     """Ranges ahead of a run are left out, those behind it are refused."""
     plain, _ = run(alone, tiny(root, "train.steps=6", f"run_dir={root}/a"), [], "", [])
@@ -150,6 +151,7 @@ def test_killed_between_the_ledger_and_the_rollback(root: Path, alone: Mesh) -> 
     assert found == run(alone, oracle, [], "", [rollback.skipped])
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_helped_ends_with_a_report(root: Path, alone: Mesh) -> None:
     config = tiny(root, *SHORT, "checkpoint.every_steps=4", "resilience.max_rollbacks_per_1000=2")
     trainer = Trainer(config, alone)

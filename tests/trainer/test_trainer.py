@@ -31,6 +31,7 @@ def test_loss_falls_below_what_frequencies_alone_allow(root: Path, alone: Mesh) 
     assert records[-1]["position"] == 60 * 24
 
 
+@pytest.mark.slow
 def test_each_validation_dataset_has_a_loss_of_its_own(root: Path, alone: Mesh) -> None:
     common = ["train.steps=3", "train.eval_every_steps=3", "train.eval_samples=12"]
     sets = [f"{{path='{root}/valid'}}", f"{{path='{root}/train', weight=3}}"]
