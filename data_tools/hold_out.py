@@ -25,6 +25,7 @@ from data_tools.ingest import TextDocument
 from data_tools.ingest.stdlib import family_of
 from megalite.errors import DataError
 
+DATA, TRAIN, VALID = "data", "train", "valid"  # a tokenization's datasets are data/GROUP/train and …/valid
 MAX_GROUPS = 512  # each has open files in every task
 MAX_GROUP_BYTES = 200  # it names a folder
 
@@ -39,7 +40,8 @@ def hold_out(documents: Iterable[TextDocument], fraction: float) -> Iterator[tup
     """Each document with whether it is held out: about `fraction` of them, at least one.
 
     A document is held out if the hash of its family falls below `fraction`. Documents are kept back until
-    the first such one; a corpus too small to have one holds out the family nearest to it.
+    the first such one; a corpus too small to have one holds out the family nearest to it, or one document
+    where all are of one family.
 
     Raises:  DataError if the fraction is not between 0 and 1 or there is only one document
     """
@@ -55,9 +57,11 @@ def hold_out(documents: Iterable[TextDocument], fraction: float) -> Iterator[tup
             break
     if len(head) == 1:
         raise DataError("one document cannot be split into training and held-out text; give at least two")
+    has_others = any(_place_of(document) > nearest for document in head)
     for document in chain(head, stream):
         where = _place_of(document)
-        yield document, where < fraction or where == nearest
+        is_nearest = where == nearest if has_others else document is head[0]
+        yield document, where < fraction or is_nearest
 
 
 def _place_of(document: TextDocument) -> float:

@@ -23,14 +23,13 @@ from data_tools.bpe import Encoded
 from data_tools.documents import BUCKET, read_part, read_schema, texts
 from data_tools.encoding import Encoder, SampleCheck, build_encoder
 from data_tools.flow import EXAMPLES, KEPT, Flow
-from data_tools.hold_out import Split, group_names, unigram_entropy
+from data_tools.hold_out import DATA, TRAIN, VALID, Split, group_names, unigram_entropy
 from megalite.data.folder import disk_errors
 from megalite.data.staging import fsync
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.data.writer import ShardWriter, join_datasets
 
-DATA, PIECES, TOKENIZER = "data", "pieces", "tokenizer"  # folders of a tokenization
-TRAIN, VALID = "train", "valid"
+PIECES, TOKENIZER = "pieces", "tokenizer"  # folders of the step, beside hold_out.DATA
 
 
 class Job(NamedTuple):

@@ -23,8 +23,8 @@ from data_tools.crew import Crew, Task
 from data_tools.documents import read_part, text_bytes
 from data_tools.encoding import REFERENCE, choose_engine
 from data_tools.flow import Flow
-from data_tools.hold_out import Split, exceptions, group_names, place, survey
-from data_tools.pieces import PIECES, TOKENIZER, TRAIN, VALID, Job, join_group, part_columns, write_piece
+from data_tools.hold_out import TRAIN, VALID, Split, exceptions, group_names, place, survey
+from data_tools.pieces import PIECES, TOKENIZER, Job, join_group, part_columns, write_piece
 from data_tools.step import Step, read_report, step_parts
 from megalite.config.section import Section
 from megalite.data.folder import disk_errors

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from data_tools.pieces import DATA
+from data_tools.hold_out import DATA, TRAIN, VALID
 from megalite.data.folder import LocalFolder
 from megalite.data.manifest import MANIFEST_FILE, load_manifest
 from megalite.errors import DataError, nearest
@@ -47,7 +47,7 @@ def read_groups(tokenized: Path) -> list[Group]:
 
     Raises:  DataError if there are none, a manifest is damaged, or a source lies both whole and in buckets
     """
-    folders = sorted(path.parent.parent for path in tokenized.glob(f"{DATA}/*/train/{MANIFEST_FILE}"))
+    folders = sorted(path.parent.parent for path in tokenized.glob(f"{DATA}/*/{TRAIN}/{MANIFEST_FILE}"))
     groups = sorted(map(_read, folders), key=lambda group: (group.source, group.bucket or 0))
     if not groups:
         raise DataError(f"{tokenized / DATA} has no GROUP/train datasets; tokenize the corpus first")
@@ -76,16 +76,16 @@ def check_names(given: Iterable[str], sources: Sequence[str], key: str) -> None:
 
 def _read(folder: Path) -> Group:
     match = _BUCKETED.fullmatch(folder.name)
-    train = load_manifest(LocalFolder(folder / "train"))
-    has_valid = (folder / "valid" / MANIFEST_FILE).exists()
+    train = load_manifest(LocalFolder(folder / TRAIN))
+    has_valid = (folder / VALID / MANIFEST_FILE).exists()
     return Group(
         name=folder.name,
         source=match[1] if match else folder.name,
         bucket=int(match[2]) if match else None,
-        train=folder / "train",
-        valid=folder / "valid" if has_valid else None,
+        train=folder / TRAIN,
+        valid=folder / VALID if has_valid else None,
         tokens=train.tokens,
         documents=train.documents,
-        valid_tokens=load_manifest(LocalFolder(folder / "valid")).tokens if has_valid else 0,
+        valid_tokens=load_manifest(LocalFolder(folder / VALID)).tokens if has_valid else 0,
         vocab_size=train.tokenizer.vocab_size,
     )

@@ -164,6 +164,8 @@ def test_held_out_documents(tmp_path):
     for fraction in (0.0, 1.0, -1.0):
         with pytest.raises(DataError, match="between 0 and 1"):
             list(hold_out(documents(3), fraction))
+    same = [TextDocument("x", "s", f"text {n}") for n in range(9)]  # ids that tell nothing apart
+    assert [is_held_out for _, is_held_out in hold_out(same, 1e-9)] == [True] + 8 * [False]
     for fraction in (0.3, 1e-9):  # a module and its docstrings, on one side
         modules = [TextDocument(f"x{n // 2}{'#docstrings' * (n % 2)}", "s", "t") for n in range(200)]
         split = [is_held_out for _, is_held_out in hold_out(modules, fraction)]
