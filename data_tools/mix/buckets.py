@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from data_tools.crew import Crew
-from data_tools.documents import BUCKET, check_number, read_part, rows_by_source, texts, with_column
+from data_tools.documents import (
+    BUCKET,
+    check_number,
+    read_part,
+    read_schema,
+    rows_by_source,
+    texts,
+    with_column,
+)
 from data_tools.flow import KEPT, Flow
 from data_tools.step import Step, part_tasks, read_report, step_parts, step_schema
 from megalite.config.section import Section
@@ -51,6 +59,8 @@ def run(settings: BucketSettings, source: Path, out: Path, crew: Crew, renew: bo
     if step.is_finished:
         return Flow.from_json(read_report(out))
     parts = step_parts(source)
+    for path in parts:
+        check(settings, read_schema(path), str(path))
     coarse = _histogram(step, parts, settings.by, "histogram")
     split = {name: _bounds(bins, settings.num_buckets) for name, bins in coarse.items()}
     wanted = {name: sorted({half for half, _ in places}) for name, places in split.items()}

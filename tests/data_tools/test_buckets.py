@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.documents import SCHEMA
+from data_tools.documents import SCHEMA, PartWriter
 from data_tools.mix.buckets import BucketSettings, _value, order_keys, run
 from data_tools.step import read_report
 from megalite.errors import DataError
@@ -110,6 +110,16 @@ def test_a_column_that_cannot_be_used(tmp_path: Path, by: str, words: str) -> No
     source = write_rows(tmp_path / "in", [rows(3)], SCORED)
     with crew(tmp_path) as hands, pytest.raises(DataError, match=words):
         run(BucketSettings(by=by), source, tmp_path / "out", hands)
+
+
+def test_a_part_unlike_the_others_is_named(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in", [rows(3), rows(3)], SCORED)
+    odd = SCORED.set(SCORED.get_field_index("quality"), pa.field("quality", pa.string()))
+    with PartWriter(source / "parts/part-000001.parquet", odd) as writer:
+        writer.write(pa.RecordBatch.from_pylist([], odd))
+    message = r"buckets\.by: .*part-000001\.parquet has no column of numbers 'quality'"
+    with crew(tmp_path) as hands, pytest.raises(DataError, match=message):
+        run(BucketSettings(by="quality"), source, tmp_path / "out", hands)
 
 
 @given(st.lists(st.floats(allow_nan=False), min_size=2, max_size=2).map(sorted))
