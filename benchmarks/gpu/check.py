@@ -20,11 +20,11 @@ from benchmarks.gpu.processes import end_group
 ROOT = Path(__file__).parents[2]
 # Seconds of each stage. With the compiling before them less than ten minutes; what a stage leaves over, or
 # lacks, the next one has.
-BUDGETS = {"tests": 90, "kernels": 170, "steps": 180, "convergence": 50}
+BUDGETS = {"tests": 85, "kernels": 165, "steps": 175, "convergence": 50}
 COMPILING_S = 80
 _COMPILED_FOR = {"tests", "kernels"}
 NEEDS = {"steps": ("pydantic",), "convergence": ("pydantic",)}
-_GRACE_S = 60  # how far beyond the budget an item may reach before its process is ended
+_GRACE_S = 45  # how far beyond the budget an item may reach before its process is ended
 SPOILED = 70  # a worker's exit code: an item ruined the CUDA context, the next needs a fresh process
 
 

@@ -27,7 +27,7 @@ Item = tuple[str, Callable[[], Result]]
 ROOT = Path(__file__).parents[2]
 REPEATS = 100
 _TAIL = 2  # rows compared at the far end
-_SANITIZER_S = 50  # less than what a stage may take beyond its time
+_SANITIZER_S = 40  # less than what a stage may take beyond its time
 
 
 def items(device: torch.device) -> Iterator[Item]:

@@ -233,6 +233,11 @@ def test_what_a_sanitizer_says(
     assert _sanitizer(tmp_path, monkeypatch, script) == found
 
 
+def test_it_takes_ten_minutes_at_most_even_where_the_last_item_hangs() -> None:
+    assert check.COMPILING_S + sum(check.BUDGETS.values()) + check._GRACE_S <= 600
+    assert checks._SANITIZER_S < check._GRACE_S
+
+
 @pytest.mark.slow
 def test_compiling_ahead_ends_within_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
