@@ -126,10 +126,10 @@ print(dataset.read(0, dataset.total_tokens).tokens.sum(dtype="int64"))
 """
 
 
+# The cache is the same for every store.
 @pytest.mark.slow
+@pytest.mark.parametrize("bucket", [S3], ids=["s3"], indirect=True)
 def test_two_processes_fetch_each_shard_once(store):
-    if store.scheme != "s3":
-        pytest.skip("the cache is the same for every store")
     url = address(store, "packed")
     command = [sys.executable, "-c", READ, url]
     store.faults = {"shard_00000.arrow.zst": ["reset", 503]}
@@ -218,10 +218,10 @@ def test_objects_that_change(store):
     assert store.reads["shard_00002.arrow"] == 0  # the store says so before it is read
 
 
+# Without any gcsfs reads as nobody, and is refused as in `test_what_is_refused_is_asked_once`.
+@pytest.mark.parametrize("bucket", [S3], ids=["s3"], indirect=True)
 @pytest.mark.parametrize(("profile", "error"), [(None, "NoCredentialsError"), ("nobody", "ProfileNotFound")])
 def test_credentials_that_are_missing(store, profile, error, monkeypatch, tmp_path):
-    if store.scheme != "s3":
-        pytest.skip("gcsfs reads as nobody then, and is refused")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -21,6 +21,7 @@ from megalite.data.loader import DataLoader
 from megalite.engines.deepspeed import DeepSpeedEngine
 from megalite.engines.native import NativeEngine
 from megalite.errors import DataError
+from tests.daily import one_a_day
 from tests.ranks import RanksError, join_ranks, spawn_ranks
 from tests.trainer.runs import tiny, write_dataset
 
@@ -115,7 +116,7 @@ def hang(
     return codes, took, "".join(path.read_text() for path in sorted(run.glob("said_*")))
 
 
-EVERY_DAY = [
+CASES = [
     (
         2,
         "sleep_for_ever",
@@ -123,8 +124,6 @@ EVERY_DAY = [
         1,
         ["rank 1 on", "is behind, in step 4 at", "in sleep_for_ever"],
     ),
-]
-LONGER = [
     (
         2,
         "skip",
@@ -153,10 +152,7 @@ LONGER = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("world", "fault", "where", "faulty", "words"),
-    [*EVERY_DAY, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONGER)],
-)
+@pytest.mark.parametrize(("world", "fault", "where", "faulty", "words"), one_a_day(*CASES))
 def test_the_culprit_is_named(
     config: Path, tmp_path: Path, world: int, fault: str, where: str, faulty: int, words: list[str]
 ) -> None:
