@@ -278,6 +278,7 @@ def test_processes_that_make_no_whole_groups() -> None:
     [
         (["mesh.pp=3"], ["mesh.pp=3 × mesh.pp_chunks=1", "model.num_layers=2", "at most 2"]),
         (["mesh.pp_chunks=2"], ['mesh.pp_chunks=2 with mesh.pp_schedule="1f1b"', '"interleaved"']),
+        (["mesh.pp_chunks=2", "mesh.pp_schedule=interleaved"], ["mesh.pp_chunks=2 with mesh.pp=1"]),
         (["mesh.pp=2", "mesh.pp_schedule=interleaved"], ["mesh.pp_chunks=1", "pp_chunks > 1"]),
         (["mesh.pp=2", "mesh.pp_layers=[2,1]"], ["mesh.pp_layers=[2, 1]", "2 numbers", "num_layers=2"]),
         (["mesh.pp=2", "mesh.pp_layers=[3,-1]"], ["mesh.pp_layers=[3, -1]"]),

@@ -128,6 +128,11 @@ class Config(Section):
                 f'mesh.pp_chunks={mesh.pp_chunks} with mesh.pp_schedule="{mesh.pp_schedule}"; set '
                 'pp_chunks > 1 with "interleaved" and 1 otherwise'
             )
+        if mesh.pp == 1 and mesh.pp_chunks > 1:
+            raise ValueError(
+                f"mesh.pp_chunks={mesh.pp_chunks} with mesh.pp=1: one process has nobody to take turns with; "
+                'set mesh.pp > 1, or pp_chunks=1 with pp_schedule="1f1b"'
+            )
         if stages > layers:
             raise ValueError(
                 f"mesh.pp={mesh.pp} × mesh.pp_chunks={mesh.pp_chunks} are more stages than "

@@ -103,8 +103,8 @@ class FlatLayout:
 
     @property
     def size(self) -> int:
-        """Elements of a whole flat buffer."""
-        return self.buckets[-1].stop
+        """Elements of a whole flat buffer; none on a pipeline stage that was given no layers."""
+        return self.buckets[-1].stop if self.buckets else 0
 
     @property
     def shard_size(self) -> int:

@@ -195,6 +195,7 @@ DEEP_LAYOUTS = [
     (2, "mesh.pp=2 mesh.pp_layers=[4,1] train.micro_batch_size=12"),
     (2, "mesh.pp=2 mesh.pp_layers=[0,5] train.micro_batch_size=12"),
     (3, "mesh.pp=3 train.micro_batch_size=12"),
+    (3, "mesh.pp=3 mesh.pp_layers=[2,0,3] train.micro_batch_size=12"),  # a stage without parameters
     (4, "mesh.pp=4 mesh.pp_schedule=zero_bubble train.micro_batch_size=8"),
     (4, "mesh.pp=2 mesh.pp_schedule=gpipe mesh.zero_stage=3 train.micro_batch_size=4"),
     (4, "mesh.pp=2 mesh.tp=2 mesh.pp_schedule=interleaved mesh.pp_chunks=2 train.micro_batch_size=8"),
