@@ -30,7 +30,8 @@ from megalite.errors import DataError, nearest
 KIND = "filter"
 VERSION = 1
 
-Bounds = tuple[float, float]
+Bound = Annotated[float, Field(allow_inf_nan=True)]  # inf: none
+Bounds = tuple[Bound, Bound]
 
 SIZE = "text_bytes"  # the rule on min_bytes and max_bytes
 # Statistics of `clean` start so; with keep_statistics=false they go.

@@ -293,6 +293,14 @@ def test_pipelines_that_cannot_be(overrides: list[str], expected: list[str]) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "key", ["optim.lr", "train.loss_scale", "mesh.bucket_mib", "resilience.comm_timeout_s"]
+)
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_numbers_that_are_none_are_refused(tmp_path: Path, key: str, value: str) -> None:
+    assert f"{key}={value}" in _mistake(tmp_path, TOML, f"{key}={value}")
+
+
 def test_layers_are_divided_among_stages() -> None:
     deep = ["model.num_layers=5", "mesh.pp=2"]
     assert tiny(Path("x"), *deep).stage_layers == [range(3), range(3, 5)]

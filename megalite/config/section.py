@@ -6,9 +6,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A frozen TOML table that refuses keys it does not know."""
+    """A frozen TOML table that refuses keys it does not know, and numbers that are none (inf, nan)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def divisors(n: int) -> list[int]:
