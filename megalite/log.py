@@ -7,12 +7,16 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from megalite.errors import ConfigError
 
 METRICS, LEDGER = "metrics.jsonl", "ledger.jsonl"  # in a run folder
 
@@ -23,6 +27,9 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: IO[str] = path.open("a", encoding="utf-8")
+        with path.open("rb") as written:
+            if written.seek(0, os.SEEK_END) and os.pread(written.fileno(), 1, written.tell() - 1) != b"\n":
+                self._file.write("\n")  # a kill tore the last line, which must not take the next with it
 
     def append(self, record: dict[str, Any], is_durable: bool = False) -> None:
         """Write one object; numbers JSON cannot express become null. If durable, a power cut spares it."""
@@ -37,8 +44,9 @@ class JsonLines:
         kept = [line for line in read_json_lines(self.path) if line.get("step", 0) <= step]
         fresh = self.path.with_suffix(".tmp")
         fresh.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
-        self._file.close()
         os.replace(fresh, self.path)
+        with suppress(OSError):  # of lines it could not write when it was asked to
+            self._file.close()
         self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
@@ -61,12 +69,19 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Everything one process reports; only the first process of a run has one that speaks."""
+    """Everything one process reports; only the first process of a run has one that speaks.
+
+    A disk that refuses costs lines, not the run: it is told once, and once more after it took some again.
+    """
 
     def __init__(self, run_dir: Path, speaks: bool, steps: int, every_steps: int) -> None:
+        """Raises:  ConfigError if a file cannot be opened"""
         self._speaks, self._steps, self._every = speaks, steps, every_steps
-        self._metrics = JsonLines(run_dir / METRICS) if speaks else None
-        self._ledger = JsonLines(run_dir / LEDGER) if speaks else None
+        self._metrics: JsonLines | None = None
+        self._ledger: JsonLines | None = None
+        self._refusing: set[Path] = set()  # files that took no line when last asked to
+        if speaks:
+            self._metrics, self._ledger = _open(run_dir / METRICS), _open(run_dir / LEDGER)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._validation = ""
@@ -92,12 +107,14 @@ class RunLog:
             self._progress.stop()
         for file in (self._metrics, self._ledger):
             if file is not None:
-                file.close()
+                with suppress(OSError):  # of lines that were told to be missing
+                    file.close()
 
     def resume(self, step: int) -> None:
         """Continue at `step`: forget metrics of later steps; the ledger keeps everything."""
         if self._metrics is not None:
-            self._metrics.drop_after(step)
+            with self._alerts(self._metrics.path):
+                self._metrics.drop_after(step)
         if self._progress is not None and self._task is not None:
             self._progress.reset(self._task, completed=step)
 
@@ -109,10 +126,20 @@ class RunLog:
             _print(text)
 
     def event(self, kind: str, step: int, **details: Any) -> None:
-        """A line in the ledger: something a reader of the curves must know, and on which data may depend."""
+        """A line in the ledger: something a reader of the curves must know."""
+        if self._ledger is not None:
+            with self._alerts(self._ledger.path):
+                self.commit(kind, step, **details)
+
+    def commit(self, kind: str, step: int, **details: Any) -> None:
+        """A line in the ledger on which the data of all later steps depend.
+
+        Raises:  ConfigError if it did not reach the disk
+        """
         if self._ledger is not None:
             record = {"event": kind, "step": step, "unix_s": round(time.time(), 3), **details}
-            self._ledger.append(record, is_durable=True)
+            with _refusals(self._ledger.path):
+                self._ledger.append(record, is_durable=True)
 
     def keep_curve(self, path: Path, after: int) -> None:
         """Copy the metrics of the steps after `after`, which are about to be forgotten, to `path`.
@@ -132,7 +159,8 @@ class RunLog:
         """One optimizer step: into metrics.jsonl, and to the bar or as a line."""
         if self._metrics is None:
             return
-        self._metrics.append(record)
+        with self._alerts(self._metrics.path):
+            self._metrics.append(record)
         if "val_loss" in record:
             self._validation = f"  val {record['val_loss']:.4f}"
         mfu = f"  mfu {record['mfu']:.1%}" if record.get("mfu") is not None else ""
@@ -147,6 +175,36 @@ class RunLog:
             _print(
                 f"step {record['step']}/{self._steps}  {state}  lr {record['lr']:.2e}  {_duration(left)} left"
             )
+
+    @contextmanager
+    def _alerts(self, path: Path) -> Iterator[None]:
+        """Around a line that the run can do without."""
+        try:
+            with _refusals(path):
+                yield
+        except ConfigError as error:
+            if path not in self._refusing:
+                self.say(f"alert: {error}; training goes on")
+            self._refusing.add(path)
+        else:
+            self._refusing.discard(path)
+
+
+def _open(path: Path) -> JsonLines:
+    with _refusals(path):
+        return JsonLines(path)
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Around a disk's work on a file.
+
+    Raises:  ConfigError
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; free some space or move run_dir") from None
 
 
 def _print(line: str) -> None:

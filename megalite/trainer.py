@@ -75,7 +75,8 @@ class Trainer:
         self._restore(found, ledger)
         # Not before: a config that does not fit the run in run_dir must leave its files alone.
         together(self._prepare_run_dir, mesh)
-        self.log = RunLog(self.run_dir, mesh.rank == 0, config.train.steps, config.log.every_steps)
+        steps, every = config.train.steps, config.log.every_steps
+        self.log = together(lambda: RunLog(self.run_dir, mesh.rank == 0, steps, every), mesh)
         self.writer = Writer(config, mesh, self.log, self.step, self.engine.num_parameters)
         self.watch = RankWatch(config, mesh, self.engine, self.log)
         self._announce(found)
@@ -271,7 +272,9 @@ class Trainer:
             return
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
+            fresh = self.run_dir / "config.tmp"  # a run may be started from the file that this replaces
+            fresh.write_text(to_toml(self.config), encoding="utf-8")
+            fresh.replace(self.run_dir / "config.toml")
             load_tokenizer(self.loader.datasets[0].path).save(self.run_dir)
             self.loader.save_tables(self.run_dir / PACKING_FOLDER)
         except OSError as error:
@@ -383,7 +386,7 @@ class Trainer:
     def _go_back(self, spike: Spike) -> None:
         """To weights from well before the spike, and on from there without the samples around it.
 
-        Raises:  DivergedError when that has been done too often
+        Raises:  DivergedError when that has been done too often; ConfigError if the ledger cannot be written
         """
         ladder, batch = self.recovery.ladder, self.config.train.global_batch_size
         done = self.position - self.step * batch  # 0, unless the batch size has changed in this run
@@ -402,7 +405,8 @@ class Trainer:
         rollback = Rollback(spike.onset, spike.detected, spike.reason, to_step, (index(start), index(stop)))
         curve = f"spikes/step_{spike.detected:08d}.jsonl"
         self.log.keep_curve(self.run_dir / curve, to_step)
-        self.log.event("rollback", self.step, **rollback.to_json(), curve=curve)
+        told = rollback.to_json() | {"curve": curve}
+        together(lambda: self.log.commit("rollback", self.step, **told), self.mesh)
         self.log.say(
             f"spike at step {spike.onset} ({spike.reason}): back to step {to_step}, and on without samples "
             f"{rollback.skipped[0]} to {rollback.skipped[1] - 1}"

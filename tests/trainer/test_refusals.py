@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
@@ -142,6 +143,23 @@ def test_another_model_or_tokenizer_does_not_continue_the_run(root: Path, alone:
     with pytest.raises(CheckpointError, match="was trained with tokenizer"):
         Trainer(tiny(root, f"data.sources=[{{path='{root}/other'}}]", "data.validation=[]"), alone)
     assert kept == {name: (root / "run" / name).read_bytes() for name in kept}
+
+
+def test_a_full_disk_at_the_start_leaves_the_config_it_may_have_been_started_from(
+    root: Path, alone: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(alone, tiny(root, "train.steps=3"))
+    before = (root / "run/config.toml").read_text()
+
+    def write_half(path: Path, text: str, encoding: str) -> None:
+        with path.open("w", encoding=encoding) as file:
+            file.write(text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(ConfigError, match="run_dir=.* cannot be written: No space left on device"):
+        Trainer(tiny(root, "train.steps=4"), alone)
+    assert (root / "run/config.toml").read_text() == before
 
 
 def test_a_truncated_shard_is_named_before_anything_is_written(tmp_path: Path, alone: Mesh) -> None:

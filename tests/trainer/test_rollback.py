@@ -151,6 +151,23 @@ def test_killed_between_the_ledger_and_the_rollback(root: Path, alone: Mesh) -> 
     assert found == run(alone, oracle, [], "", [rollback.skipped])
 
 
+def test_a_rollback_that_cannot_be_written_down_is_not_done(root: Path, alone: Mesh) -> None:
+    trainer = Trainer(tiny(root, *SHORT), alone)
+    poison(trainer, batches(13, 16), "nan")
+    commit = trainer.log.commit
+
+    def on_a_full_disk(kind: str, step: int, **details: Any) -> None:
+        if kind == "rollback":
+            assert trainer.log._ledger is not None
+            trainer.log._ledger._file = open("/dev/full", "w")
+        commit(kind, step, **details)
+
+    trainer.log.commit = on_a_full_disk  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"cannot write .*ledger.jsonl: No space left on device"):
+        trainer.fit(PreemptionFlag())
+    assert trainer.step == 14
+
+
 @pytest.mark.slow
 def test_a_run_that_cannot_be_helped_ends_with_a_report(root: Path, alone: Mesh) -> None:
     config = tiny(root, *SHORT, "checkpoint.every_steps=4", "resilience.max_rollbacks_per_1000=2")

@@ -14,6 +14,8 @@ import pytest
 
 from megalite.config import Config
 from megalite.errors import CheckpointError, DivergedError, PreemptedError
+from megalite.log import read_json_lines
+from megalite.meter import StepReport
 from megalite.parallel.mesh import Mesh, build_mesh, close_mesh
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
@@ -283,6 +285,41 @@ def test_disk_full_while_saving_keeps_the_older_checkpoint(
     assert [r["step"] for r in metrics(root / "run")] == list(range(1, 9))  # step 6's failure ended nothing
     events = [json.loads(line) for line in (root / "run/ledger.jsonl").read_text().splitlines()]
     assert [(e["event"], e["step"]) for e in events] == [("start", 0), ("save_failed", 6)]
+
+
+def test_a_disk_full_of_logs_costs_their_lines_and_no_more(
+    root: Path, alone: Mesh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = curve(train(alone, tiny(root, "train.steps=6", f"run_dir={root}/reference")))
+    trainer = Trainer(tiny(root, "train.steps=6"), alone)
+    train_step = trainer.train_step
+
+    def step_on_a_full_disk(*args: Any) -> StepReport:
+        if trainer.step in (2, 4):
+            for file in (trainer.log._metrics, trainer.log._ledger):
+                assert file is not None
+                file._file = (
+                    open("/dev/full", "w") if trainer.step == 2 else file.path.open("a", encoding="utf-8")
+                )
+        trainer.log.event("data", trainer.step)
+        return train_step(*args)
+
+    trainer.train_step = step_on_a_full_disk  # type: ignore[method-assign]
+    trainer.fit(PreemptionFlag())
+    assert curve(metrics(root / "run")) == [*reference[:2], *reference[4:]]
+    alerts = [line for line in capsys.readouterr().err.splitlines() if line.startswith("alert")]
+    reason = "No space left on device; free some space or move run_dir; training goes on"
+    assert alerts == [
+        f"alert: cannot write {root}/run/{name}.jsonl: {reason}" for name in ("ledger", "metrics")
+    ]
+
+
+def test_a_torn_line_of_the_ledger_takes_no_other_with_it(root: Path, alone: Mesh) -> None:
+    train(alone, tiny(root, "train.steps=3"))
+    ledger = root / "run/ledger.jsonl"
+    ledger.write_text(ledger.read_text() + '{"event": "skip", "st')
+    train(alone, tiny(root, "train.steps=4"))
+    assert [event["event"] for event in read_json_lines(ledger)] == ["start", "resume"]
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
