@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     code = 1  # what Python makes of an error nobody foresaw
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without our signs shows "?", and no traceback
     try:
         code = _command(argv)
     except SystemExit as left:  # how argparse leaves

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_origin
 from pydantic import BaseModel, ValidationError
 
 from megalite.config import Config, DataConfig, Section
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, is_unicode
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -164,6 +164,8 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     key = key.strip()
     if not equals or not re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_][\w]*)*", key):
         raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. train.steps=100")
+    if not is_unicode(text):
+        raise ConfigError(f"override {override!r} is not UTF-8; give text in that encoding")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -54,6 +54,15 @@ class DivergedError(MegaliteError):
     exit_code = 77
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a word of the command line was UTF-8; Python keeps other bytes as signs that no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about a name that is not known: what was meant perhaps, or all there are."""
     names = sorted(known)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megalite.errors import CheckpointError, ConfigError, DataError
+from megalite.errors import CheckpointError, ConfigError, DataError, is_unicode
 
 if TYPE_CHECKING:
     import torch
@@ -222,6 +222,8 @@ def _run_generate(args: argparse.Namespace) -> int:
 
     if not args.prompt:
         raise ConfigError('--prompt ""; give at least one character to continue from')
+    if not is_unicode(args.prompt):
+        raise ConfigError(f"--prompt {args.prompt!r} is not UTF-8; give text in that encoding")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_model(args.path, device, dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megalite.checkpoint.agree import together
 from megalite.checkpoint.snapshots import KeptSnapshot, Snapshots
 from megalite.checkpoint.store import Checkpoint, newest
 from megalite.config import Config
@@ -61,12 +62,15 @@ class Recovery:
     def read_ledger(self) -> list[Rollback]:
         """The rollbacks of this run so far, as rank 0's ledger has them.
 
-        Raises:  CheckpointError, on every rank, if a line is not what a run writes
+        Raises:  CheckpointError, on every rank, if it cannot be read or a line is not what a run writes
         """
-        path, lines = self._run_dir / LEDGER, None
-        if self._mesh.rank == 0:
-            lines = [line for line in read_json_lines(path) if line.get("event") == "rollback"]
-        told = gather_json(lines, self._mesh.world, self._mesh.device)[0]
+        path, mesh = self._run_dir / LEDGER, self._mesh
+
+        def read() -> list[dict[str, Any]]:
+            lines = read_json_lines(path) if mesh.rank == 0 else []
+            return [line for line in lines if line.get("event") == "rollback"]
+
+        told = together(mesh.world, mesh.device, read, self._run_dir)[0]
         try:
             return [Rollback.from_json(record) for record in told]
         except (KeyError, TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -53,6 +54,14 @@ def test_a_signal_during_the_start_saves_the_first_step(config: Path, tmp_path: 
     processes = spawn_ranks(_train_signalled_at_start, 2, str(config), str(tmp_path / "run"))
     assert join_ranks(processes, timeout_s=60) == [75, 75]
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_a_terminal_without_our_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
+    assert main(["train", str(CONFIGS / "quickstart.toml"), "--dry-run"]) == 0
+    sys.stdout.flush()
+    assert b"dp 1 ? pp 1 ? tp 1" in terminal.getvalue()
 
 
 @pytest.mark.slow

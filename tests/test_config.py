@@ -301,6 +301,11 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path, key: str, value: str)
     assert f"{key}={value}" in _mistake(tmp_path, TOML, f"{key}={value}")
 
 
+def test_words_of_the_command_line_that_no_file_could_hold(tmp_path: Path) -> None:
+    assert "'run_dir=\\udcff' is not UTF-8" in _mistake(tmp_path, TOML, "run_dir=\udcff")
+    assert "run_dir=''" in _mistake(tmp_path, TOML, "run_dir=")
+
+
 def test_layers_are_divided_among_stages() -> None:
     deep = ["model.num_layers=5", "mesh.pp=2"]
     assert tiny(Path("x"), *deep).stage_layers == [range(3), range(3, 5)]

@@ -148,6 +148,7 @@ def test_commands(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path)
     for arguments, message in [
         (["generate", str(run), "--prompt", "x " * 100], "max_seq_len=96"),
         (["generate", str(run), "--prompt", ""], "at least one character"),
+        (["generate", str(run), "--prompt", "\udcff"], "'\\udcff' is not UTF-8"),
         (["generate", str(tmp_path / "none"), "--prompt", "a"], "no folder"),
         (["export", str(run), "--to", str(tmp_path / "out")], "exists"),
     ]:

@@ -44,7 +44,9 @@ __all__ = [
 class Config(Section):
     """A whole run."""
 
-    run_dir: str = Field("runs/default", description="where config, metrics, ledger and checkpoints go")
+    run_dir: str = Field(
+        "runs/default", min_length=1, description="where config, metrics, ledger and checkpoints go"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, data order and dropout")
     model: ModelConfig
     mesh: MeshConfig = MeshConfig()

@@ -126,6 +126,19 @@ def test_data_missing_on_one_rank_stops_all_with_its_reason(root: Path) -> None:
     assert run_ranks(_expect_a_peers_trouble, 2, tiny(root)) == [("this host has no data/train", True)] * 2
 
 
+def _expect_no_ledger(mesh: Mesh, config: Config) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        Trainer(config, mesh)
+    return str(caught.value)
+
+
+def test_a_ledger_that_cannot_be_read_stops_all_ranks(root: Path) -> None:
+    (root / "run/ledger.jsonl").mkdir(parents=True)
+    told = run_ranks(_expect_no_ledger, 2, tiny(root))
+    assert told[0] == told[1]
+    assert f"Is a directory (EISDIR) at {root}/run/ledger.jsonl" in told[0]
+
+
 def test_ranks_with_different_configs_do_not_start(root: Path) -> None:
     for text in run_ranks(_expect_disagreement, 2, tiny(root)):
         assert "optim.lr=0.1 on rank 0 but 1.1 on rank 1" in text
