@@ -216,7 +216,7 @@ def import_hf(folder: Path, to: Path) -> None:
     )
     meta = {
         "applied_steps": 0,
-        "loss_scale": {"value": 1.0, "good_steps": 0},
+        "loss_scale": {},
         "tokens": 0,
         "tokenizer": tokenizer.fingerprint,
         "config": config.model_dump(mode="json"),

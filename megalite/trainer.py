@@ -310,7 +310,8 @@ class Trainer:
                 f"data.skip={list(self.config.data.skip)} leaves out samples up to {before}, which this run "
                 "has read; leave out later ones, or use another run_dir"
             )
-        self.loader.check_length(self.config.train.steps * self.config.train.global_batch_size)
+        left = max(self.config.train.steps - self.step, 0)
+        self.loader.check_length(self.position + left * self.config.train.global_batch_size)
 
     def _check_tokenizer(self, found: Checkpoint) -> None:
         fingerprint = self.loader.datasets[0].tokenizer.fingerprint
@@ -391,18 +392,21 @@ class Trainer:
         ladder, batch = self.recovery.ladder, self.config.train.global_batch_size
         done = self.position - self.step * batch  # 0, unless the batch size has changed in this run
 
-        def index(steps: int) -> int:
-            return self.loader.skips.index_at(steps * batch + done)
+        def samples(window: tuple[int, int], begun: int) -> tuple[int, int]:
+            """Of a window of steps, as global indices; none of the first `begun`."""
+            start = max(window[0] * batch + done, begun)
+            stop = max(window[1] * batch + done, start + (window[1] - window[0]) * batch)
+            return self.loader.skips.index_at(start), self.loader.skips.index_at(stop)
 
         hopeless = ladder.exhausted(spike)
         if hopeless is not None:
-            window = ladder.window(spike, 0)
-            raise self._diverged(f"a spike at step {spike.onset} after {hopeless}", tuple(map(index, window)))
+            window = samples(ladder.window(spike, 0), 0)
+            raise self._diverged(f"a spike at step {spike.onset} after {hopeless}", window)
         self.writer.wait()
         found = self.recovery.target(spike)
-        to_step = 0 if found is None else found.step
-        start, stop = ladder.window(spike, to_step)
-        rollback = Rollback(spike.onset, spike.detected, spike.reason, to_step, (index(start), index(stop)))
+        to_step, begun = (0, 0) if found is None else (found.step, found.position)
+        skipped = samples(ladder.window(spike, to_step), begun)
+        rollback = Rollback(spike.onset, spike.detected, spike.reason, to_step, skipped)
         curve = f"spikes/step_{spike.detected:08d}.jsonl"
         self.log.keep_curve(self.run_dir / curve, to_step)
         told = rollback.to_json() | {"curve": curve}

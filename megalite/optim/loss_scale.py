@@ -43,10 +43,10 @@ class LossScale:
             self.value, self.good_steps = self.value * 2, 0
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
-        return {"value": self.value, "good_steps": self.good_steps}
+        """What a checkpoint keeps; without fp16 there is nothing."""
+        return {"value": self.value, "good_steps": self.good_steps} if self.is_dynamic else {}
 
     def load(self, state: dict[str, float]) -> None:
         """Go on from a checkpoint; one of a run in another precision changes nothing."""
-        if self.is_dynamic and state["value"] != 1.0:
+        if self.is_dynamic and state:
             self.value, self.good_steps = float(state["value"]), int(state["good_steps"])

@@ -95,6 +95,18 @@ def test_a_run_that_its_data_does_not_last_for_does_not_start(root: Path, alone:
     assert not (root / "run").exists()
 
 
+def test_the_data_must_last_for_the_batches_that_are_left(root: Path, alone: Mesh) -> None:
+    """Ten steps were of 24 samples, the others are of 12."""
+    once = f"data.sources=[{{path='{root}/train', max_epochs=1}}]"
+    first = Trainer(tiny(root, once, "train.steps=10"), alone)
+    first.fit(PreemptionFlag())
+    most = 10 + (first.loader.samples[0] - 240) // 12
+    smaller = [once, "train.global_batch_size=12"]
+    assert Trainer(tiny(root, *smaller, f"train.steps={most}"), alone).position == 240
+    with pytest.raises(DataError, match="is past the data"):
+        Trainer(tiny(root, *smaller, f"train.steps={most + 1}"), alone)
+
+
 def damage(folder: Path, blocks: list[int]) -> None:
     """Write a dataset of small record batches and flip a byte in each of these."""
     rng = np.random.default_rng(7)

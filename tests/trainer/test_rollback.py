@@ -21,7 +21,7 @@ from megalite.trainer import Trainer
 from tests.daily import one_a_day
 from tests.ranks import run_ranks
 from tests.trainer.poison import poison, rollbacks, run
-from tests.trainer.runs import curve, lay_out, metrics, tiny
+from tests.trainer.runs import curve, lay_out, metrics, tiny, train
 
 BATCH = 24  # samples a step
 
@@ -127,6 +127,21 @@ def test_samples_left_out_by_hand(root: Path, alone: Mesh) -> None:
     run(alone, tiny(root, "train.steps=8", "data.skip=[[144, 168]]", f"run_dir={root}/a"), [], "", [])
     with pytest.raises(ConfigError, match=r"data.skip=\[\(0, 24\)\] leaves out samples up to 215"):
         Trainer(tiny(root, "train.steps=9", "data.skip=[[0, 24]]", f"run_dir={root}/a"), alone)
+
+
+def test_a_rollback_to_before_a_change_of_the_batch_size(root: Path, alone: Mesh) -> None:
+    """Steps before it had other samples; what was read stays read, and the bad batches are left out."""
+    common = [*SHORT, "resilience.skip_steps=12", "checkpoint.every_steps=4", "checkpoint.keep_last=9"]
+    common += ["checkpoint.snapshot_every_steps=0"]
+    train(alone, tiny(root, *common, "train.steps=12"))
+    trainer = Trainer(tiny(root, *common, "train.global_batch_size=48"), alone)
+    bad = range(12 * 24 + 2 * 48, 12 * 24 + 4 * 48)
+    poison(trainer, bad, "nan")
+    trainer.fit(PreemptionFlag())
+    (rollback,) = rollbacks(root / "run")
+    assert rollback.to_step == 8
+    assert rollback.skipped == (8 * 24, 8 * 24 + 12 * 48)
+    assert trainer.step == 24
 
 
 @pytest.mark.slow
