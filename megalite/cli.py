@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", nargs="?", help="TOML file; see configs/")
     train.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values that replace the file's"
+        "settings", nargs="*", metavar="section.key=value", help="values that replace the file's"
     )
     train.add_argument(
         "--dry-run",
@@ -186,7 +186,7 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     if args.config is None:
         raise ConfigError("no config file given; try megalite train configs/quickstart.toml")
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.settings)
     if args.dry_run:
         print(_dry_run(config))
         return 0

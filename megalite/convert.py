@@ -68,7 +68,7 @@ def config_from_hf(hf_config: dict[str, Any]) -> ModelConfig:
     Raises:  ConfigError naming the key if the architecture, or something it asks for, is not supported
     """
     kind = hf_config.get("model_type")
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise ConfigError(
             f"model_type={kind!r} is not supported; dense models of these are: {', '.join(_DEFAULTS)}"
         )

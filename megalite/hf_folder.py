@@ -60,6 +60,7 @@ def open_run(path: Path) -> tuple[ModelConfig, Checkpoint, Tokenizer]:
     except ValidationError as error:
         raise CheckpointError(f"{checkpoint.folder}: its model's {explain(error)}") from None
     stored = {name: checkpoint.shape(name) for name in checkpoint.names()}
+    _check_layers(config, len(stored), checkpoint.folder)
     expected = parameter_shapes(config)
     if stored != expected:
         name = next(n for n in {**expected, **stored} if stored.get(n) != expected.get(n))
@@ -136,6 +137,7 @@ def read_hf(folder: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
     except ConfigError as error:
         raise ConfigError(f"{folder / HF_CONFIG}: {error}") from None
     places = _find_tensors(folder, "transformer." if config.position == "learned" else "model.")
+    _check_layers(config, len(places), folder)
     wanted = set(hf_names(config))
     if missing := sorted(wanted - places.keys()):
         raise CheckpointError(
@@ -160,6 +162,17 @@ def read_hf(folder: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
             return tensor
 
     return config, weights_from_hf(get, config)
+
+
+def _check_layers(config: ModelConfig, tensors: int, folder: Path) -> None:
+    """What is stored must suffice for as many layers as a configuration claims, before they are built.
+
+    Raises:  CheckpointError
+    """
+    if config.num_layers > tensors:
+        raise CheckpointError(
+            f"{folder} has {tensors} tensors, too few for the {config.num_layers} layers of its configuration"
+        )
 
 
 def _find_tensors(folder: Path, prefix: str) -> dict[str, tuple[Path, str]]:

@@ -170,12 +170,13 @@ def test_a_second_call_continues_and_a_third_finds_nothing_to_do(config: Path, t
 
 def test_dry_run_needs_no_data_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.chdir(tmp_path)
-    assert main(["train", str(CONFIGS / "8b.toml"), "--dry-run"]) == 0
+    assert main(["train", str(CONFIGS / "8b.toml"), "--dry-run", "run_dir=elsewhere"]) == 0
     out = capsys.readouterr().out
     for words in (
         "8,030,261,248",
         "FLOPs a token    51.470 G strict, 57.913 G non-causal",
         "hidden_size = 4096",
+        'run_dir = "elsewhere"',
     ):
         assert words in out
     assert list(tmp_path.iterdir()) == []

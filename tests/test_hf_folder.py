@@ -143,6 +143,8 @@ def _spoil(folder: Path, fault: str) -> None:
         tensors[q] = tensors[q].to(torch.int8)
     elif fault == "type":
         config["model_type"] = "mixtral"
+    elif fault == "layers":
+        config["num_hidden_layers"] = 60_000  # seconds and hundreds of MiB, were they built
     elif fault == "json":
         (folder / "config.json").write_text("{")
         return
@@ -170,6 +172,7 @@ def _spoil(folder: Path, fault: str) -> None:
         ("shape", r"q_proj.weight is \[30, 32\].*\[32, 32\]"),
         ("integers", "int8"),
         ("type", "config.json: model_type='mixtral' is not supported"),
+        ("layers", r"out has \d+ tensors, too few for the 60000 layers"),
         ("json", "config.json is not valid JSON"),
         ("truncated", "cannot read .*model.safetensors"),
         ("pickle", "pytorch_model.bin is a pickle"),
@@ -200,6 +203,8 @@ LLAMA = config_to_hf(ModelConfig.model_validate(SHAPE))
     [
         ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe' is not supported"),
         ({"model_type": None}, "model_type=None"),
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\]"),
+        ({"vocab_size": 10**18}, "vocab_size=1000000000000000000"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
         ({"rope_scaling": {"type": "llama3", "factor": 4.0}}, "low_freq_factor is missing|high_freq"),

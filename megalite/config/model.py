@@ -34,18 +34,21 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """A decoder-only transformer; enough to express GPT-2, Llama, Mistral, Qwen2 and Qwen3 exactly."""
 
-    vocab_size: int = Field(gt=1, description="rows of the embedding; at least the tokenizer's vocabulary")
-    hidden_size: int = Field(gt=0, description="width of the residual stream")
-    num_layers: int = Field(gt=0, description="transformer blocks")
-    num_heads: int = Field(gt=0, description="query heads")
+    # The limits keep the number of elements of every parameter, and its bytes, below 2⁶³.
+    vocab_size: int = Field(
+        gt=1, lt=2**31, description="rows of the embedding; at least the tokenizer's vocabulary"
+    )
+    hidden_size: int = Field(gt=0, lt=2**24, description="width of the residual stream")
+    num_layers: int = Field(gt=0, lt=2**16, description="transformer blocks")
+    num_heads: int = Field(gt=0, lt=2**16, description="query heads")
     num_kv_heads: int = Field(0, ge=0, description="key/value heads (GQA); 0 means num_heads")
-    head_dim: int = Field(0, ge=0, description="width of a head; 0 means hidden_size / num_heads")
-    ffn_size: int = Field(gt=0, description="inner width of the MLP")
+    head_dim: int = Field(0, ge=0, lt=2**16, description="width of a head; 0 means hidden_size / num_heads")
+    ffn_size: int = Field(gt=0, lt=2**28, description="inner width of the MLP")
     activation: Literal["swiglu", "gelu", "gelu_tanh"] = Field("swiglu", description="MLP activation")
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation layer")
     norm_eps: float = Field(1e-5, gt=0, description="added to the variance")
     position: Literal["rope", "learned"] = Field("rope", description="rotary, or a learned table")
-    max_seq_len: int = Field(8192, gt=0, description="longest position; rows of a learned table")
+    max_seq_len: int = Field(8192, gt=0, lt=2**31, description="longest position; rows of a learned table")
     rope_theta: float = Field(10000.0, gt=0, description="RoPE base")
     rope_scaling: RopeScaling | None = Field(None, description="stretching of RoPE frequencies")
     qkv_bias: bool = Field(False, description="biases on the query, key and value projections")
