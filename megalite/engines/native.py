@@ -165,10 +165,10 @@ class NativeEngine:
         mesh, train = self.mesh, self.config.train
         last_stage = len(self.stage_layers) - 1
         sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
-        inputs = [self._inputs(batch, is_training) for batch in micro_batches]
 
         def forward(stage: int, index: int, x: Tensor | None) -> Tensor:
-            tokens, labels, positions, shared = inputs[index]
+            # Made here and not for all before: the angles alone take 4 · head_dim bytes a token.
+            tokens, labels, positions, shared = self._inputs(micro_batches[index], is_training)
             with self.optimizer.weights.root(is_needed=stage in (0, last_stage)):
                 if x is None:
                     x = self.model.embed(tokens, positions, shared)

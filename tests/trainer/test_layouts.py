@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from megalite.checkpoint.store import Checkpoint, open_checkpoint
 from megalite.config import Config
 from megalite.engines.native import NativeEngine
 from megalite.model.flops import count_parameters
+from megalite.model.transformer import Shared
 from megalite.optim.buckets import ROOT
 from megalite.parallel.mesh import Axis, Mesh
 from megalite.resilience.preempt import PreemptionFlag
@@ -314,3 +316,23 @@ def test_stage_3_holds_two_blocks_at_a_time(root: Path) -> None:
     )
     for limit, seen in run_ranks(_gathered, 2, config):
         assert 0 < max(seen) <= limit
+
+
+def test_a_micro_batch_s_inputs_live_no_longer_than_it(root: Path, alone: Mesh) -> None:
+    config = tiny(root, "train.steps=3", "train.eval_every_steps=3", "train.eval_samples=16")
+    trainer = Trainer(config, alone)
+    engine = trainer.engine
+    assert isinstance(engine, NativeEngine)
+    share, alive, seen = engine.model.share, weakref.WeakSet[torch.Tensor](), []
+
+    def counted(*args: Any) -> Shared:
+        shared = share(*args)
+        assert shared.turn is not None
+        alive.add(shared.turn[0])
+        seen.append(len(alive))
+        return shared
+
+    engine.model.share = counted  # type: ignore[method-assign]
+    trainer.fit(PreemptionFlag())
+    assert len(seen) == 3 * 12 + 8
+    assert max(seen) <= 2
