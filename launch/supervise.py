@@ -31,14 +31,15 @@ examples:
       train configs/1b.toml run_dir=runs/a
   launch/supervise.py --run-dir runs/a -- launch/cluster.sh --hostfile hosts configs/1b.toml run_dir=runs/a
 
-restarted: 75 (stopped after a save), 76 (a rank hung or was lost), death by a signal, any other failure.
+restarted: 75 (stopped after a save), 76 (a rank hung, was lost or is in the way), death by a signal, any
+           other failure.
 never restarted: 0 (done), 2 (a mistake in the input), 77 (diverged).
 SIGTERM, SIGINT and SIGUSR1 are passed on; then it waits for the command and exits with its code.
 """
 MEANINGS = {
     2: "a mistake in the input",
     75: "stopped after a save",
-    76: "a rank hung or was lost",
+    76: "a rank hung, was lost or is in the way",
     77: "diverged",
 }
 FINAL = {2, 77}  # a restart would meet the same again

@@ -8,12 +8,13 @@ from typing import TypeVar
 from megalite.config import Config
 from megalite.config_file import changed_keys
 from megalite.data.loader import DataLoader
-from megalite.errors import ConfigError, DataError
+from megalite.errors import BusyError, ConfigError, DataError
 from megalite.parallel.collectives import gather_json
 from megalite.parallel.mesh import Mesh
 from megalite.version import code_version
 
 T = TypeVar("T")
+_SHARED = {kind.__name__: kind for kind in (BusyError, ConfigError, DataError)}
 
 
 def together(action: Callable[[], T], mesh: Mesh) -> T:
@@ -21,16 +22,16 @@ def together(action: Callable[[], T], mesh: Mesh) -> T:
 
     `action` communicates with nobody, for a rank that fails in it comes here at once.
 
-    Raises:  ConfigError, DataError, marked as shared
+    Raises:  BusyError, ConfigError, DataError, marked as shared
     """
     failure = None
     try:
         result = action()
-    except (ConfigError, DataError) as error:
+    except tuple(_SHARED.values()) as error:
         failure = [type(error).__name__, str(error)]
     for found in gather_json(failure, mesh.world, mesh.device):
         if found is not None:
-            shared = {"ConfigError": ConfigError, "DataError": DataError}[found[0]](found[1])
+            shared = _SHARED[found[0]](found[1])
             shared.is_shared = True
             raise shared
     return result

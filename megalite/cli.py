@@ -31,7 +31,8 @@ examples:
   deepspeed --module megalite train configs/1b.toml
   megalite train configs/70b.toml --dry-run
 
-exit codes: 0 done, 2 a mistake in the input, 75 stopped after a save, 76 a rank hung or was lost, 77 diverged
+exit codes: 0 done, 2 a mistake in the input, 75 stopped after a save, 77 diverged, 76 a rank hung or was
+lost, or another run is at work in run_dir
 """
 
 _PLAN_HELP = """\

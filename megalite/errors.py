@@ -40,6 +40,13 @@ class HangError(MegaliteError):
     exit_code = 76
 
 
+class BusyError(MegaliteError):
+    """Another run writes in the run folder. It may be the end of the one that this run continues, on a host
+    that its launcher has lost; then a later start continues it."""
+
+    exit_code = 76
+
+
 class ReplicaError(MegaliteError):
     """Ranks that must hold the same weights do not. Every checkpoint was compared before it was written, so
     a restart continues from a good one; where software or a broken device is the cause, it happens again, and

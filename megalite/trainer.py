@@ -24,10 +24,9 @@ from megalite.checkpoint.snapshots import KeptSnapshot
 from megalite.checkpoint.store import Checkpoint
 from megalite.checkpoint.writer import Writer
 from megalite.config import Config
-from megalite.config_file import changed_keys, to_toml
+from megalite.config_file import changed_keys
 from megalite.data.batch import IGNORE, Batch
 from megalite.data.loader import DataLoader, Share
-from megalite.data.tokenizer import load_tokenizer
 from megalite.engines.allocator import keep_freed_memory
 from megalite.engines.engine import Engine
 from megalite.engines.native import NativeEngine
@@ -43,7 +42,8 @@ from megalite.resilience.ladder import Rollback, Spike
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.resilience.rank_watch import RankWatch
 from megalite.resilience.rerun import blame, changed_ranks
-from megalite.run_data import PACKING_FOLDER, open_loaders, quarantine
+from megalite.run_data import open_loaders, quarantine
+from megalite.run_folder import RunFolder
 from megalite.spikes import write_report
 
 
@@ -53,7 +53,7 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         """Open the data, build the model, restore the newest checkpoint.
 
-        Raises:  ConfigError, DataError, CheckpointError
+        Raises:  ConfigError, DataError, CheckpointError; BusyError if another run is at work in run_dir
         """
         self.config, self.mesh = config, mesh
         self.run_dir = Path(config.run_dir)
@@ -70,11 +70,12 @@ class Trainer:
         self.has_new_mixture = False  # whether it is another than that of the checkpoint
         self._meter = Meter(config, mesh)
         self.recovery = Recovery(config, mesh)
+        self.folder = RunFolder(config, mesh)
         ledger = self.recovery.read_ledger()
         found = self.recovery.newest(ledger)
         self._restore(found, ledger)
         # Not before: a config that does not fit the run in run_dir must leave its files alone.
-        together(self._prepare_run_dir, mesh)
+        self.folder.prepare(self.loader)
         steps, every = config.train.steps, config.log.every_steps
         self.log = together(lambda: RunLog(self.run_dir, mesh.rank == 0, steps, every), mesh)
         self.writer = Writer(config, mesh, self.log, self.step, self.engine.num_parameters)
@@ -89,7 +90,7 @@ class Trainer:
         Raises:  PreemptedError after a save when asked to stop; DivergedError
         """
         self._meter.start()
-        with self.log, self.writer, self.watch:
+        with self.folder, self.log, self.writer, self.watch:
             self.log.resume(self.step)
             while self.step < self.config.train.steps:
                 spike = self._run(flag)
@@ -267,19 +268,6 @@ class Trainer:
         deepspeed.load(self.mesh.device, self.config.train.precision)
         return deepspeed.DeepSpeedEngine
 
-    def _prepare_run_dir(self) -> None:
-        if self.mesh.rank > 0:
-            return
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            fresh = self.run_dir / "config.tmp"  # a run may be started from the file that this replaces
-            fresh.write_text(to_toml(self.config), encoding="utf-8")
-            fresh.replace(self.run_dir / "config.toml")
-            load_tokenizer(self.loader.datasets[0].path).save(self.run_dir)
-            self.loader.save_tables(self.run_dir / PACKING_FOLDER)
-        except OSError as error:
-            raise ConfigError(f"run_dir={str(self.run_dir)!r} cannot be written: {error.strerror}") from None
-
     def _restore(self, found: Checkpoint | KeptSnapshot | None, ledger: list[Rollback]) -> None:
         """Go on from a checkpoint that verifies or from a snapshot; without either from the seed.
 
@@ -328,6 +316,8 @@ class Trainer:
                 f"note: this processor has no {precision} matrix products, so torch emulates them many times "
                 "slower than fp32; use train.precision=fp32 here"
             )
+        if not self.folder.has_locks:
+            self.log.say("note: run_dir's file system has no locks; see that no second run writes there")
         mesh = self.mesh
         if mesh.size > 1:
             sizes = f"dp {mesh.dp.size} × pp {mesh.pp.size} × tp {mesh.tp.size}"

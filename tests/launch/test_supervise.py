@@ -79,7 +79,7 @@ def test_what_a_restart_cannot_mend_is_not_restarted(tmp_path: Path, code: int) 
         ("exit 1", "left with 1"),
         ("kill -9 $$", "killed by SIGKILL"),
         ("kill -SEGV $$", "killed by SIGSEGV"),
-        (_rank_leaves(76) + "exit 0", "rank 0 on a left with 76, a rank hung or was lost"),
+        (_rank_leaves(76) + "exit 0", "rank 0 on a left with 76, a rank hung, was lost or is in the way"),
     ],
 )
 def test_what_a_restart_mends_is_restarted(tmp_path: Path, end: str, reason: str) -> None:
@@ -222,7 +222,7 @@ def test_a_run_under_torchrun_that_is_preempted_and_killed_has_the_same_curve(tm
     assert process.returncode == 0, said
     assert "left with 75, stopped after a save" in said
     assert "rank 0 on" in said
-    assert "left with 76, a rank hung or was lost" in said
+    assert "left with 76, a rank hung, was lost or is in the way" in said
     assert said.count("supervise: restart in") == 2
     assert curve(metrics(run)) == curve(metrics(reference))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
@@ -15,8 +17,9 @@ from megalite.data.loader import open_datasets
 from megalite.data.shards import Dataset
 from megalite.data.tokenizer import ByteTokenizer
 from megalite.data.writer import ShardWriter
-from megalite.errors import CheckpointError, ConfigError, DataError
+from megalite.errors import BusyError, CheckpointError, ConfigError, DataError
 from megalite.parallel.mesh import Mesh
+from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.trainer.runs import tiny, train, write_dataset
@@ -173,6 +176,27 @@ def test_a_full_disk_at_the_start_leaves_the_config_it_may_have_been_started_fro
     with pytest.raises(ConfigError, match="run_dir=.* cannot be written: No space left on device"):
         Trainer(tiny(root, "train.steps=4"), alone)
     assert (root / "run/config.toml").read_text() == before
+
+
+def _expect_busy(mesh: Mesh, config: Config) -> str:
+    with pytest.raises(BusyError) as caught:
+        Trainer(config, mesh)
+    assert caught.value.is_shared
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_second_run_in_the_folder_does_not_start(root: Path, alone: Mesh, is_new: bool) -> None:
+    if not is_new:
+        train(alone, tiny(root, "train.steps=3"))
+    first = Trainer(tiny(root), alone)
+    before = (root / "run/config.toml").read_text()
+    told = run_ranks(_expect_busy, 2, tiny(root, "optim.lr=0.1"))
+    assert told[0] == told[1]
+    assert f"run_dir='{root}/run' is in use by process {os.getpid()} on {socket.gethostname()}" in told[0]
+    assert (root / "run/config.toml").read_text() == before
+    first.fit(PreemptionFlag())
+    assert len(run_ranks(train, 2, tiny(root, "train.steps=21"))[0]) == 21
 
 
 def test_a_truncated_shard_is_named_before_anything_is_written(tmp_path: Path, alone: Mesh) -> None:
