@@ -122,7 +122,9 @@ class Trainer:
                 if scale.is_dynamic:
                     record["loss_scale"] = scale.value
                 is_last = self.step == train.steps
-                if train.eval_every_steps and (self.step % train.eval_every_steps == 0 or is_last):
+                is_due = train.eval_every_steps and self.step % train.eval_every_steps == 0
+                # Who asks to stop waits for the save; only the end has no later validation.
+                if (is_due and not report.is_preempted) or (train.eval_every_steps and is_last):
                     record["val_loss"], losses = self.evaluate()
                     record |= {"val_losses": losses} if len(losses) > 1 else {}
                 self.log.step(record)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from megalite.config import Config
+from megalite.data.batch import Batch
 from megalite.errors import CheckpointError, DivergedError, PreemptedError
 from megalite.log import read_json_lines
 from megalite.meter import StepReport
@@ -210,6 +211,21 @@ def _train_until_killed(config: Config) -> None:
     except PreemptedError as error:
         raise SystemExit(error.exit_code) from None
     close_mesh(mesh)
+
+
+def test_being_asked_to_stop_at_a_step_that_is_validated_saves_at_once(root: Path, alone: Mesh) -> None:
+    every = ["train.eval_every_steps=2", "train.steps=6"]
+    trainer, flag = Trainer(tiny(root, *every), alone), PreemptionFlag()
+    train_step = trainer.train_step
+
+    def asked(batches: list[Batch], lr: float, wants_stop: bool) -> StepReport:
+        return train_step(batches, lr, wants_stop or trainer.step + 1 == 4)
+
+    trainer.train_step = asked  # type: ignore[assignment]
+    with pytest.raises(PreemptedError):
+        trainer.fit(flag)
+    assert [r["step"] for r in metrics(root / "run") if "val_loss" in r] == [2]
+    assert [r["step"] for r in train(alone, tiny(root, *every)) if "val_loss" in r] == [2, 6]
 
 
 def test_sigterm_on_one_rank_saves_on_all_and_exits_75(root: Path, alone: Mesh) -> None:
