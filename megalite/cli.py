@@ -280,12 +280,20 @@ def _dry_run(config: Config) -> str:
         f"processes        {processes} = dp {dp} × pp {config.mesh.pp} × tp {config.mesh.tp}; "
         f"each of the {dp} computes {accumulation} × {config.train.micro_batch_size} samples a step",
         f"bytes a process  {sum(parts.values()) / 2**30:,.2f} GiB without activations: "
-        + ", ".join(f"{name} {size}" for name, size in gib.items()),
+        + ", ".join(f"{name} {size}" for name, size in gib.items())
+        + _offloaded(config),
         f"tokens           {tokens:,} a step, {tokens * config.train.steps:,} in all",
         f"FLOPs a token    {flops.strict / 1e9:,.3f} G strict, {flops.non_causal / 1e9:,.3f} G non-causal",
         f"FLOPs in all     {flops.strict * tokens * config.train.steps:.3g} strict",
     ]
     return "\n".join(lines)
+
+
+def _offloaded(config: Config) -> str:
+    """Which of these bytes lie elsewhere than on the device."""
+    place = {"none": "", "cpu": "in host memory", "nvme": "on disk"}[config.mesh.offload]
+    what = "optimizer and weights" if config.mesh.zero_stage == 3 else "optimizer"
+    return place and f" ({what} {place})"
 
 
 def _largest_part(config: Config) -> int:

@@ -182,6 +182,13 @@ def test_dry_run_needs_no_data_and_writes_nothing(tmp_path: Path, capsys: pytest
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_says_what_is_offloaded(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["mesh.zero_engine=deepspeed", "mesh.offload=cpu", "train.recompute=full", "train.compile=false"]
+    for stage, words in ((2, "(optimizer in host memory)"), (3, "(optimizer and weights in host memory)")):
+        assert main(["train", str(CONFIGS / "8b.toml"), "--dry-run", *keys, f"mesh.zero_stage={stage}"]) == 0
+        assert words in capsys.readouterr().out
+
+
 def test_mistakes_are_one_line_and_exit_2(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
