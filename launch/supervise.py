@@ -65,19 +65,19 @@ class Supervisor:
         """Start and restart; the exit code is the last one of the ranks."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._pass_on)
-        best, failures, attempt = newest_step(self.checkpoints), 0, 0
+        step, failures, attempt = newest_step(self.checkpoints), 0, 0
         while True:
             attempt += 1
             words = " ".join(shlex.join(self.command).split())  # one line, whatever is quoted in it
-            say(f"start {attempt} at {_at(best)}: {words}")
+            before = step  # lower than once it was, where the run has rolled back
+            say(f"start {attempt} at {_at(before)}: {words}")
             began = time.monotonic()
             code, reason = self._attempt()
             step = newest_step(self.checkpoints)
             say(f"end {attempt} after {time.monotonic() - began:.0f} s at {_at(step)}: {reason}")
             if code == 0 or code in FINAL or self.stop_by is not None:
                 return code
-            failures = 0 if step > best else failures + 1
-            best = max(best, step)
+            failures = 0 if step > before else failures + 1
             if failures >= self.options.max_failures:
                 say(f"giving up: {failures} failures in a row without a new checkpoint")
                 return code

@@ -119,6 +119,13 @@ def test_a_new_checkpoint_resets_the_count(tmp_path: Path) -> None:
     assert (ended, starts) == (9, 3)
 
 
+def test_steps_done_again_after_a_rollback_are_progress(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/step_00000009").mkdir(parents=True)
+    back = "rm -rf $RUN/checkpoints/step_00000009; "
+    ended, starts, _ = _supervise(tmp_path, f"{back} if [ $n -le 4 ]; then {STEP} fi; exit 9")
+    assert (ended, starts) == (9, 7)
+
+
 def test_a_signal_is_passed_on_and_the_save_waited_for(tmp_path: Path) -> None:
     shell = "trap 'sleep 0.5; touch $RUN/saved; exit 75' TERM; touch $RUN/ready; while :; do sleep 0.1; done"
     process = _start(tmp_path, shell)
