@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalite.config import Config
+from megalite.config.section import divisors
 from megalite.config_file import build_config, changed_keys, describe_keys, load_config, to_toml
 from megalite.errors import ConfigError
 from megalite.model.flops import count_parameters
@@ -304,6 +305,12 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path, key: str, value: str)
 def test_words_of_the_command_line_that_no_file_could_hold(tmp_path: Path) -> None:
     assert "'run_dir=\\udcff' is not UTF-8" in _mistake(tmp_path, TOML, "run_dir=\udcff")
     assert "run_dir=''" in _mistake(tmp_path, TOML, "run_dir=")
+
+
+def test_divisors_of_any_batch_size_are_listed_at_once() -> None:
+    for n in range(1, 200):
+        assert divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
+    assert divisors(4 * 10**9)[-2:] == [2 * 10**9, 4 * 10**9]
 
 
 def test_layers_are_divided_among_stages() -> None:
