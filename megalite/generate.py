@@ -75,7 +75,7 @@ def generate(
     reach p. The same seed gives the same tokens.
 
     Raises:  ConfigError, before anything is computed, if an argument is out of range or prompt and
-             new tokens exceed the model's max_seq_len
+             new tokens exceed the model's max_seq_len; CheckpointError when scores are not finite
     Source:  Holtzman et al. 2020, section 3.1 (top-p)
     """
     limits = {
@@ -135,7 +135,12 @@ def _generate(
 
 
 def _pick(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
-    """One token of fp32 logits [vocab]. Sorting is stable: among equals the lower id comes first."""
+    """One token of fp32 logits [vocab]. Sorting is stable: among equals the lower id comes first.
+
+    Raises:  CheckpointError if a score is not finite, of which no token follows
+    """
+    if not logits.isfinite().all():
+        raise CheckpointError("the model's scores are not finite: its weights are not those of a whole model")
     if temperature == 0:
         return int(logits.argmax())
     # The largest becomes 0 first, and the quotient is float64: no temperature makes it infinite.

@@ -11,7 +11,7 @@ import torch
 from megalite.cli import main
 from megalite.config import ModelConfig
 from megalite.data.tokenizer import ByteTokenizer
-from megalite.errors import ConfigError, MegaliteError
+from megalite.errors import CheckpointError, ConfigError, MegaliteError
 from megalite.generate import _pick, generate, load_model
 from tests.tiny_runs import MODELS, SHAPE, bpe, same_weights, save_run, tiny_config, tiny_model
 
@@ -107,6 +107,14 @@ def test_bad_arguments_are_refused_at_the_call(arguments: dict[str, Any], messag
     model = tiny_model(tiny_config("llama"))
     with pytest.raises(ConfigError, match=message):
         generate(model, **({"tokens": [1, 2], "max_new_tokens": 5} | arguments))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_has_diverged_says_so(temperature: float) -> None:
+    model = tiny_model(tiny_config("llama"))
+    model.norm.weight.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match="scores are not finite"):
+        list(generate(model, [7, 8], max_new_tokens=2, temperature=temperature))
 
 
 # --- loading and commands ------------------------------------------------------------------------
