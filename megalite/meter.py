@@ -32,7 +32,7 @@ class StepReport(Measured):
 
     is_applied: bool  # whether the weights moved
     is_overflow: bool  # not applied, but a smaller loss scale may do (fp16)
-    cause: str  # of a refused step that was computed again: data, or the hardware
+    cause: str  # why it was not applied: no labels; if it was computed again: data, or the hardware
 
 
 class Meter:

@@ -162,6 +162,8 @@ class Trainer:
             measured, cause = self._measure_again(measured, micro_batches)
             verdict = self.recovery.detector.judge(measured.loss, measured.grad_norm)
         is_applied = verdict == "healthy" and measured.tokens > 0
+        if verdict == "healthy" and not is_applied:
+            cause = "no labels"
         if is_applied:
             clip, norm = self.config.optim.grad_clip, measured.grad_norm
             clipping = min(1.0, clip / norm) if clip and norm > 0 else 1.0
@@ -363,9 +365,13 @@ class Trainer:
             places = self.position - self.config.train.global_batch_size, self.position - 1
             first, last = map(self.loader.skips.index_at, places)
             what = f"loss {report.loss:.4g}, gradient norm {report.grad_norm:.4g}"
+            if report.cause == "no labels":
+                what = "no label to learn from"
             values = {"loss": report.loss, "grad_norm": report.grad_norm, "cause": report.cause}
             self.log.event("skip", self.step, samples=[first, last + 1], **values)
             self.log.say(f"step {self.step} not applied: {what}, samples {first} to {last}")
+            if report.cause == "no labels":
+                return None  # which says nothing of the weights
             spike = recovery.ladder.refused(self.step, what)
             in_a_row = recovery.ladder.refused_in_a_row
             if in_a_row > limits.max_skipped_steps:

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megalite.cli import main
 from megalite.config import Config
-from megalite.data.batch import Batch
+from megalite.data.batch import IGNORE, Batch
 from megalite.engines.engine import StepSums
 from megalite.errors import CheckpointError, ConfigError, DivergedError
 from megalite.log import read_json_lines
@@ -115,6 +116,24 @@ def test_one_bad_batch_costs_that_batch_and_no_more(root: Path, alone: Mesh) -> 
 
 
 @pytest.mark.slow
+def test_steps_without_a_label_are_no_spike(root: Path, alone: Mesh) -> None:
+    trainer = Trainer(tiny(root, *SHORT), alone)
+    gather = trainer.loader._gather
+
+    def unlabelled(ids: Any, *args: Any, **options: Any) -> Batch:
+        batch = gather(ids, *args, **options)
+        return (
+            replace(batch, labels=np.full_like(batch.labels, IGNORE)) if ids[0] in batches(4, 16) else batch
+        )
+
+    trainer.loader._gather = unlabelled  # type: ignore[method-assign]
+    trainer.fit(PreemptionFlag())
+    assert rollbacks(root / "run") == []
+    assert trainer.engine.applied_steps == 24 - 13
+    told = [event for event in read_json_lines(root / "run/ledger.jsonl") if event["event"] == "skip"]
+    assert [(event["step"], event["cause"]) for event in told] == [(n, "no labels") for n in range(4, 17)]
+
+
 def test_samples_left_out_by_hand(root: Path, alone: Mesh) -> None:
     """Ranges ahead of a run are left out, those behind it are refused."""
     plain, _ = run(alone, tiny(root, "train.steps=6", f"run_dir={root}/a"), [], "", [])
