@@ -40,7 +40,8 @@ class Meter:
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self._config = config
-        peak = peak_flops(mesh.device)
+        # The peak is that of 16-bit products, which no product in fp32 can come near.
+        peak = peak_flops(mesh.device) if config.train.precision != "fp32" else None
         self._peak = peak * mesh.size if peak else None
         self.start()
 
@@ -52,8 +53,8 @@ class Meter:
     def record(self, report: StepReport, seq_len: int, step_s: float, wait_s: float) -> dict[str, Any]:
         """A step's values, times in seconds.
 
-        mfu is a share of the peak, null on a chip whose peak is unknown; goodput the share of the time since
-        the start that went into steps that were applied.
+        mfu is a share of the peak, null in fp32 and on a chip whose peak is unknown; goodput the share of the
+        time since the start that went into steps that were applied.
         """
         self._productive_s += step_s if report.is_applied else 0.0
         per_s = self._config.tokens_per_step / step_s

@@ -115,7 +115,6 @@ def test_one_bad_batch_costs_that_batch_and_no_more(root: Path, alone: Mesh) -> 
     assert state == same
 
 
-@pytest.mark.slow
 def test_steps_without_a_label_are_no_spike(root: Path, alone: Mesh) -> None:
     trainer = Trainer(tiny(root, *SHORT), alone)
     gather = trainer.loader._gather
@@ -134,6 +133,7 @@ def test_steps_without_a_label_are_no_spike(root: Path, alone: Mesh) -> None:
     assert [(event["step"], event["cause"]) for event in told] == [(n, "no labels") for n in range(4, 17)]
 
 
+@pytest.mark.slow
 def test_samples_left_out_by_hand(root: Path, alone: Mesh) -> None:
     """Ranges ahead of a run are left out, those behind it are refused."""
     plain, _ = run(alone, tiny(root, "train.steps=6", f"run_dir={root}/a"), [], "", [])
