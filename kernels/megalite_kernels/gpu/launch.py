@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op, triton_op, wrap_triton
@@ -59,6 +61,12 @@ def recording(recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         _recorder = before
+
+
+@triton.jit
+def narrow(number):
+    """A number that came as Python's float, in fp32: it is that already unless torch compiled the kernel."""
+    return tl.cast(number, tl.float32)
 
 
 def multiprocessors(device: torch.device) -> int:
