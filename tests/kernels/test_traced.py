@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from tests import early
 triton = pytest.importorskip("triton")
 
 from megalite_kernels import aot  # noqa: E402
+from megalite_kernels.gpu import launch  # noqa: E402
 from megalite_kernels.gpu.launch import recording  # noqa: E402
 from tests.kernels.test_aot import needs_that_triton  # noqa: E402
 
@@ -35,6 +38,23 @@ def test_operators_are_traced_whole() -> None:
     lines = [line for line in done.stdout.splitlines() if line.endswith("  ok")]
     assert done.returncode == 0, done.stdout[-6000:]
     assert len(lines) > 15
+
+
+def test_a_kernel_starts_on_its_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton starts kernels on the current device, which need not be that of the tensors."""
+    current, started = [torch.device("cuda", 0)], []
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(launch, "wrap_triton", lambda kernel: {(1,): lambda *_: started.append(current[-1])})
+    for x in (SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1)), torch.ones(1)):
+        launch.launch(None, (1,), x)
+    assert started == [torch.device("cuda", 1), torch.device("cuda", 0)]
 
 
 def _kernels() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:

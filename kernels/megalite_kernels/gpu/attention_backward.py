@@ -219,6 +219,7 @@ def attention_backward(
     of queries that see a key, where documents shape them.
     """
     q, k, v, grad, grad_lse = readable(q), readable(k), readable(v), readable(grad), grad_lse.contiguous()
+    o, lse = o.contiguous(), lse.contiguous()  # they are; dq lies as o does
     batch, queries, heads, _ = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
     group = heads // kv_heads

@@ -8,7 +8,7 @@ launcher tells which kernels it would start, which is how `aot` compiles exactly
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -43,13 +43,17 @@ def operator(
 
 
 def launch(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
-    """Start `kernel` on `grid`; options are its constants, num_warps and num_stages."""
+    """Start `kernel` on `grid`; options are its constants, num_warps and num_stages.
+
+    It runs on the device of its first argument, a tensor, which need not be the current device.
+    """
     if _recorder is not None:
         _recorder(kernel, args, options)
     elif is_interpreted():
         kernel[grid](*args, **options)
     else:
-        wrap_triton(kernel)[grid](*args, **options)
+        with torch.cuda.device(args[0].device) if args[0].is_cuda else nullcontext():
+            wrap_triton(kernel)[grid](*args, **options)
 
 
 @contextmanager
