@@ -6,7 +6,6 @@ On CUDA our Triton kernel where it was measured to be faster, else torch's `scal
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Literal, overload
 
 import torch
@@ -18,7 +17,9 @@ from megalite_kernels.attention_cpu import attention_cpu
 from megalite_kernels.cost import Cost
 from megalite_kernels.dispatch import Impl, resolve
 
-# Fastest first: on Hopper cuDNN's kernel is about twice as fast as the others for plain causal masks.
+# Fastest first: on Hopper cuDNN's kernel is about twice as fast as the others for plain causal masks. And it
+# alone takes a dense mask together with grouped heads, for which torch itself would on Ampere compute every
+# score in memory.
 _SDPA_ORDER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -205,8 +206,7 @@ def _attention_sdpa(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, doc_starts: Tensor | None, window: int, scale: float
 ) -> Tensor:
     is_plain = doc_starts is None and not window and (not causal or q.shape[1] == k.shape[1])
-    # A dense mask leaves few backends to choose from; torch takes the best of them.
-    with sdpa_kernel(_SDPA_ORDER, set_priority=True) if is_plain else nullcontext():
+    with sdpa_kernel(_SDPA_ORDER, set_priority=True):
         o = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),

@@ -62,6 +62,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
+    if re.search(r"\bMIG\b", name):  # a slice of the device that it names
+        return None
     for key, tflops in _PEAK_TFLOPS.items():
         if re.search(rf"\b{key}\b", name):  # whole words: an L40 is no L4, a GB200 no B200
             return tflops * 1e12

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from megalite_kernels import attention
 from megalite_kernels.attention import _variant, attention_cost, doc_starts_of
@@ -273,3 +274,20 @@ def test_custom_operators_are_registered_soundly(seq: int, has_documents: bool) 
     kept = _attention_cpu(*plain, starts, 7, 0.3, True)[1]
     grad = random(2, seq, 4, 8, dtype=torch.float32)
     torch.library.opcheck(_attention_cpu_backward, (grad, *plain, kept, starts, 7, 0.3))
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_sdpa_is_asked_for_cudnn_first(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    """With a mask too: of the fused backends it alone takes one together with grouped heads."""
+    orders = []
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        orders.append(torch._C._get_sdp_priority_order())
+        return sdpa(*args, **options)
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    q, k = torch.randn(1, 4, 4, 8), torch.randn(1, 6, 2, 8)
+    ours = attention(q, k, k, window=window, impl="torch")
+    torch.testing.assert_close(ours, attention(q, k, k, window=window, impl="reference"))
+    assert [order[0] for order in orders] == [SDPBackend.CUDNN_ATTENTION.value]

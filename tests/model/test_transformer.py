@@ -320,6 +320,7 @@ def test_unknown_devices_have_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
         ("NVIDIA L4", 121e12),
         ("NVIDIA B200", 2250e12),
         ("NVIDIA GB200", None),
+        ("NVIDIA H200 MIG 1g.18gb", None),
         ("NVIDIA GH200 480GB", None),
         ("NVIDIA H200 NVL", 835e12),
         ("NVIDIA L40", None),

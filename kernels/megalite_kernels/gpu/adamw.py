@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megalite_kernels.gpu.launch import DTYPES, Case, launch, meta, operator
+from megalite_kernels.gpu.launch import DTYPES, Case, launch, meta, narrow, operator
 from megalite_kernels.tiles import tile
 
 
@@ -25,16 +25,15 @@ def _adamw(
     if HAS_SKIP:  # then nothing is read either
         size = tl.where(tl.load(skip) == 0, size, 0)
     inside = place < size
-    if HAS_SCALE:
-        factor = tl.load(scale).to(tl.float32)
+    factor = tl.load(scale).to(tl.float32) if HAS_SCALE else narrow(factor)
     w = tl.load(weight + place, mask=inside, other=0.0)
     g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * factor
     m = tl.load(exp_avg + place, mask=inside, other=0.0)
     v = tl.load(exp_avg_sq + place, mask=inside, other=0.0)
-    m = beta1 * m + rest1 * g
-    v = beta2 * v + rest2 * g * g
-    w -= lr * weight_decay * w
-    w -= step_size * m / (tl.sqrt_rn(v) / root2 + eps)
+    m = narrow(beta1) * m + narrow(rest1) * g
+    v = narrow(beta2) * v + narrow(rest2) * g * g
+    w -= narrow(lr) * narrow(weight_decay) * w
+    w -= narrow(step_size) * m / (tl.sqrt_rn(v) / narrow(root2) + narrow(eps))
     tl.store(exp_avg + place, m, mask=inside)
     tl.store(exp_avg_sq + place, v, mask=inside)
     tl.store(weight + place, w, mask=inside)

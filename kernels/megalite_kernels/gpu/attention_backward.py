@@ -29,7 +29,7 @@ from megalite_kernels.gpu.attention_tiles import (
     store_tile,
     strides,
 )
-from megalite_kernels.gpu.launch import launch
+from megalite_kernels.gpu.launch import launch, narrow
 
 
 @triton.jit
@@ -92,6 +92,7 @@ def _attention_dq(
     tile_q = load_tile(q, start, queries, q_row, BLOCK_M, DIM, BLOCK_DIM, True)
     lse_m = tl.load(lse + statistics, mask=row < queries, other=0.0) * LOG2_E
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], dtype=tl.float32)
+    scale = narrow(scale)
     scale_2 = scale * LOG2_E
     BANDED: tl.constexpr = WINDOWED or HAS_SPANS
     for tile in range(whole, partial):
@@ -171,6 +172,7 @@ def _attention_dkv(
     tile_v = load_tile(v + batch * v_batch + head * v_head, start, keys, v_row, BLOCK_N, DIM, BLOCK_DIM, True)
     acc_k = tl.zeros([BLOCK_N, BLOCK_DIM], dtype=tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DIM], dtype=tl.float32)
+    scale = narrow(scale)
     scale_2 = scale * LOG2_E
     BANDED: tl.constexpr = WINDOWED or HAS_SPANS
     count = partial - whole
@@ -217,6 +219,7 @@ def attention_backward(
     of queries that see a key, where documents shape them.
     """
     q, k, v, grad, grad_lse = readable(q), readable(k), readable(v), readable(grad), grad_lse.contiguous()
+    o, lse = o.contiguous(), lse.contiguous()  # they are; dq lies as o does
     batch, queries, heads, _ = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
     group = heads // kv_heads

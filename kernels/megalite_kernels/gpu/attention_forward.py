@@ -23,7 +23,7 @@ from megalite_kernels.gpu.attention_tiles import (
     store_tile,
     strides,
 )
-from megalite_kernels.gpu.launch import launch
+from megalite_kernels.gpu.launch import launch, narrow
 
 
 @triton.jit
@@ -75,6 +75,7 @@ def _attention_forward(
         start, low, high, queries, keys, window, CAUSAL, WINDOWED, HAS_SPANS, BLOCK_M, BLOCK_N
     )
 
+    scale = narrow(scale)
     tile_q = load_tile(q, start, queries, q_row, BLOCK_M, DIM, BLOCK_DIM, True)
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)

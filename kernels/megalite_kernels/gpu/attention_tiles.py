@@ -150,7 +150,7 @@ def section(streamed: Tensor, streams: int = 1, sharing: int = 1) -> int:
 
 def constants(direction: str, x: Tensor) -> dict[str, int]:
     """Tile sizes and launch options of a pass over heads like x's [batch, rows, heads, d]."""
-    dim = x.shape[-1]
+    dim = int(x.shape[-1])  # a symbol while torch traces: each head size is a kernel of its own
     if dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim is {dim}; the Triton attention takes up to {MAX_HEAD_DIM}")
     if x.dtype not in DTYPES:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megalite_kernels.gpu.launch import DTYPES, Case, launch, meta, operator
+from megalite_kernels.gpu.launch import DTYPES, Case, launch, meta, narrow, operator
 from megalite_kernels.tiles import tile
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -82,6 +82,7 @@ def _cross_entropy(
         scale = 1.0 / total
     is_asked = target != _IGNORE
     target_logit = tl.where((target >= 0) & (target < vocab_size), target_logit, float("nan"))
+    z_loss, smoothing = narrow(z_loss), narrow(smoothing)
     z = z_loss * lse * lse
     loss = lse - (1.0 - smoothing) * target_logit + z
     if SMOOTHS:

@@ -27,7 +27,10 @@ def _shift_right(z, BITS: tl.constexpr):
 
 
 @triton.jit
-def _dropout(x, keys, places, y, width, threshold, share, HAS_PLACES: tl.constexpr, BLOCK: tl.constexpr):
+def _dropout(
+    x, keys, places, y, width, share,
+    THRESHOLD: tl.constexpr, HAS_PLACES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     index = column
@@ -41,7 +44,7 @@ def _dropout(x, keys, places, y, width, threshold, share, HAS_PLACES: tl.constex
     scale = tl.div_rn(tl.full((1,), 1.0, tl.float32), tl.full((1,), share, tl.float32))
     scale = scale.to(x.dtype.element_ty).to(tl.float32)
     value = tl.load(x + row * width + column, mask=column < width, other=0.0).to(tl.float32)
-    value *= tl.where(_shift_right(z, 12) >= threshold, scale, 0.0)
+    value *= tl.where(_shift_right(z, 12) >= THRESHOLD, scale, 0.0)
     tl.store(y + row * width + column, value.to(y.dtype.element_ty), mask=column < width)
 
 
@@ -52,12 +55,14 @@ def _launch(x: Tensor, p: float, keys: Tensor, places: Tensor | None) -> Tensor:
     if not x.numel():
         return y
     constants = tile("dropout", "row", x.device)
-    # (bits + 1/2) / 2⁵² >= p, which is exact in float64, as a bound on the bits.
+    # (bits + 1/2) / 2⁵² >= p, which is exact in float64, as a bound on the bits. A constant of the kernel:
+    # torch 2.11 compiles none with a number beyond 32 bits.
     threshold = math.ceil(Fraction(p) * 2**52 - Fraction(1, 2))
     launch(
         _dropout,
         (rows, triton.cdiv(width, constants["BLOCK"])),
-        *(x, keys, keys if places is None else places.contiguous(), y, width, threshold, 1 - p),
+        *(x, keys, keys if places is None else places.contiguous(), y, width, 1 - p),
+        THRESHOLD=threshold,
         HAS_PLACES=places is not None,
         **constants,
     )

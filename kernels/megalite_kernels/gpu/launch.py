@@ -8,10 +8,12 @@ launcher tells which kernels it would start, which is how `aot` compiles exactly
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op, triton_op, wrap_triton
@@ -41,13 +43,17 @@ def operator(
 
 
 def launch(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
-    """Start `kernel` on `grid`; options are its constants, num_warps and num_stages."""
+    """Start `kernel` on `grid`; options are its constants, num_warps and num_stages.
+
+    It runs on the device of its first argument, a tensor, which need not be the current device.
+    """
     if _recorder is not None:
         _recorder(kernel, args, options)
     elif is_interpreted():
         kernel[grid](*args, **options)
     else:
-        wrap_triton(kernel)[grid](*args, **options)
+        with torch.cuda.device(args[0].device) if args[0].is_cuda else nullcontext():
+            wrap_triton(kernel)[grid](*args, **options)
 
 
 @contextmanager
@@ -59,6 +65,12 @@ def recording(recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         _recorder = before
+
+
+@triton.jit
+def narrow(number):
+    """A number that came as Python's float, in fp32: it is that already unless torch compiled the kernel."""
+    return tl.cast(number, tl.float32)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -74,7 +74,7 @@ def _linear_activation(
     k = tl.arange(0, BLOCK_K)
     from_x = x + row[:, None] * size + k[None, :]
     from_weight = weight + column[None, :] * size + k[:, None]
-    up_rows = size.to(tl.int64) * ffn
+    up_rows = tl.cast(size, tl.int64) * ffn
     is_row, is_column = (row < tokens)[:, None], (column < ffn)[None, :]
     value = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)

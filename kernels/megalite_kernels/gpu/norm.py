@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megalite_kernels.gpu.launch import DTYPES, Case, launch, meta, multiprocessors, operator
+from megalite_kernels.gpu.launch import DTYPES, Case, launch, meta, multiprocessors, narrow, operator
 from megalite_kernels.tiles import tile
 
 MAX_DIM = 16384  # forward holds a row in registers
@@ -27,7 +27,7 @@ def _starts(row, dim, group, group_stride, row_stride, GROUPED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_forward(
-    x, branch, weight, bias, y, stream, mean, rstd, rows, dim, group, group_stride, row_stride, eps,
+    x, branch, weight, bias, y, summed, mean, rstd, rows, dim, group, group_stride, row_stride, eps,
     CENTRED: tl.constexpr, HAS_BRANCH: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -40,13 +40,13 @@ def _norm_forward(
     if HAS_BRANCH:
         # Rounded to the stream's dtype first: the norm is of the stream as it is stored.
         value = (value.to(tl.float32) + tl.load(branch + place, mask=inside, other=0.0)).to(value.dtype)
-        tl.store(stream + place, value, mask=inside)
+        tl.store(summed + place, value, mask=inside)
     value = value.to(tl.float32)
     if CENTRED:
         average = tl.sum(value, 1) / dim
         tl.store(mean + row, average, mask=row < rows)
         value = tl.where(inside, value - average[:, None], 0.0)
-    scale = tl.rsqrt(tl.sum(value * value, 1) / dim + eps)
+    scale = tl.rsqrt(tl.sum(value * value, 1) / dim + narrow(eps))
     tl.store(rstd + row, scale, mask=row < rows)
     w = tl.load(weight + column, mask=column < dim, other=0.0).to(tl.float32)
     result = value * scale[:, None] * w[None, :]

@@ -84,7 +84,8 @@ def _launch(
 ) -> None:
     batch, seq, total, dim = packed.shape
     cos, sin = cos.contiguous(), sin.contiguous()
-    constants = tile("rope", f"{max(triton.next_power_of_2(dim // 2), 16)}", packed.device)
+    block = max(triton.next_power_of_2(int(dim) // 2), 16)  # while torch traces, dim may be a symbol
+    constants = tile("rope", f"{block}", packed.device)
     if not packed.numel():
         return
     launch(
@@ -94,7 +95,7 @@ def _launch(
         *(0 if cos.shape[0] == 1 else cos.stride(0), *packed.stride()[:3]),
         *(stride for part in parts for stride in part.stride()[:3]),
         IS_BACKWARD=is_backward,
-        BLOCK=max(triton.next_power_of_2(dim // 2), 16),
+        BLOCK=block,
         **constants,
     )
 
