@@ -133,7 +133,7 @@ def write_recipe(path: Path, more: str) -> Path:
         ("[filter]", r"filter: .*add a \[clean\] table"),
         (
             '[clean]\n[near]\nkeep = "best"\nbest_column = "quality"',
-            r"near\.best_column: \[clean\] has no column of numbers 'quality'; there are .*language_score",
+            r"near\.best_column: \[clean\] has no column of numbers 'quality'; there are 46, such as [^,]+(, [^,]+){4} \(",
         ),
         (
             '[clean]\n[filter]\nkeep_statistics = false\n[buckets]\nby = "gopher_words"',
