@@ -85,12 +85,12 @@ def build_crew(args: argparse.Namespace, root: Path) -> Crew:
 
 def run_step(args: argparse.Namespace) -> int:
     """Run the step `args.step` on the folder `args.source`."""
-    from data_tools.recipe import Recipe
+    from data_tools.steps import find_step
     from megalite.config_file import load_settings
     from megalite.errors import DataError
 
     if args.recipe is None:
-        settings = load_settings(Recipe, args.step, args.settings)
+        settings: Any = load_settings(find_step(args.step)[0], args.settings)
     elif (settings := getattr(_recipe(args), args.step)) is None:
         raise DataError(f"{args.recipe} has no [{args.step}] table; add one, or leave --recipe out")
     if getattr(args, "preview", False):
@@ -184,14 +184,14 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _run(args: argparse.Namespace, settings: Section, *sources: Path) -> int:
-    from data_tools.build import STEPS
     from data_tools.report import summary
+    from data_tools.steps import find_step
     from megalite.errors import DataError
 
     if args.to is None:
         raise DataError("--to DIR is missing: the folder this step is to make")
     with build_crew(args, args.to) as crew:
-        flow = STEPS[args.step](settings, *sources, args.to, crew)
+        flow = find_step(args.step)[1](settings, *sources, args.to, crew)
         if crew.is_first:
             print(summary(args.step, flow))
     return 0
