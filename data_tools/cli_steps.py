@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,15 @@ def add_crew(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, metavar="W", help="how many run this command together")
 
 
+def refuse(args: argparse.Namespace, options: Sequence[str], why: str) -> None:
+    """Raises:  DataError if one of these options was given, where it would do nothing"""
+    from megalite.errors import DataError
+
+    for name in options:
+        if getattr(args, name) is not None:
+            raise DataError(f"--{name.replace('_', '-')} {why}")
+
+
 def build_crew(args: argparse.Namespace, root: Path) -> Crew:
     """The crew that options and environment name.
 
@@ -96,6 +105,7 @@ def run_step(args: argparse.Namespace) -> int:
     if getattr(args, "preview", False):
         from data_tools.filter import preview
 
+        refuse(args, ("to", "workers", "rank", "world"), "does nothing with --preview; leave one of them out")
         print(preview(settings, args.source).summary())
         return 0
     return _run(args, settings, args.source)

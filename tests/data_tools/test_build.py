@@ -128,6 +128,39 @@ def test_a_step_by_itself_is_that_of_a_recipe() -> None:
         assert section in (kind := Recipe.model_fields[name].annotation, *getattr(kind, "__args__", ()))
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("tokenize in --to out --vocab-size 300", "--vocab-size goes with --text; of a step say KEY=VALUE"),
+        ("tokenize in --to out --max-mib 1", "--max-mib goes with --text"),
+        ("tokenize --text in --to out --recipe r.toml", "--recipe goes with a step's folder, not --text"),
+        ("tokenize --text in --to out --workers 2", "--workers goes with a step's folder"),
+        ("tokenize --text in --to out vocab_size=9", "give either the folder of a step, or text"),
+        ("tokenize --text in --to out --tokenizer byte --vocab-size 9", "--vocab-size is of --tokenizer bpe"),
+        ("filter in --preview --to out", "--to does nothing with --preview"),
+        ("filter in --preview --workers 2", "--workers does nothing with --preview"),
+        ("show in --rows 2", "--rows is of rows; give --seq-len"),
+        ("show in --start 0", "--start is of rows; give --seq-len"),
+        ("show in --seq-len 9 --tokens 3", "--tokens is of documents; leave --seq-len out"),
+        ("dedup near a.txt --to out", "a.txt is a file, not a step's folder"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("a text")
+    (tmp_path / "a.txt").write_text("a text")
+    assert main(["data", *command.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("step", ["ingest", "dedup exact"])
 def test_a_step_by_itself_does_not_load_the_others(step: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a text\n")
