@@ -46,12 +46,17 @@ _UNSPACED = (
 )
 
 
+_BLOCK = 1024
+_ESCAPE = len(repr(chr(sys.maxunicode)).strip("'"))  # how Python writes a character that does not print
+
+
 @cache
 def character_classes() -> NDArray[np.uint8]:
     """The classes of every code point as a sum of the constants above, uint8 [0x110000]."""
     codes = np.arange(sys.maxunicode + 1, dtype="<u4")
     every = codes.tobytes().decode("utf-32-le", "surrogatepass")
-    categories = np.frombuffer("".join(map(unicodedata.category, every)).encode(), dtype=np.uint8)
+    blocks = (every[at : at + _BLOCK] for at in range(0, len(every), _BLOCK))
+    categories = np.frombuffer("".join(map(_categories, blocks)).encode(), dtype=np.uint8)
     bits = np.zeros(128, dtype=np.uint8)
     for major, is_of in (("L", LETTER | WORD), ("N", NUMBER | WORD), ("M", MARK | WORD), ("P", PUNCTUATION)):
         bits[ord(major)] = is_of
@@ -65,6 +70,16 @@ def character_classes() -> NDArray[np.uint8]:
         here[(here & (LETTER | NUMBER)) != 0] |= ALONE
     table.setflags(write=False)
     return table
+
+
+def _categories(block: str) -> str:
+    """The categories end to end. Five blocks in six have only what does not print, and are not looked up.
+
+    None of it is a letter, number, mark or punctuation: it counts as unassigned.
+    """
+    if len(repr(block)) == len(block) * _ESCAPE + 2:
+        return "Cn" * len(block)
+    return "".join(map(unicodedata.category, block))
 
 
 @cache

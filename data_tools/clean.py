@@ -93,9 +93,10 @@ def run(settings: CleanSettings, source: Path, out: Path, crew: Crew, renew: boo
     if step.is_finished:
         return Flow.from_json(read_report(out))
     check(settings)
-    if crew.workers > 1:
+    parts = step_parts(source)
+    if crew.workers > 1 and len(parts) > 1:
         _operations.cache_clear()  # this process has no use for the models
-    return step.finish(step.map_parts(step_parts(source), partial(_clean, settings)))
+    return step.finish(step.map_parts(parts, partial(_clean, settings)))
 
 
 def check(settings: CleanSettings) -> None:

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_tools.cli_steps import add_folders, add_steps, run_step
+from data_tools.cli_steps import add_folders, add_steps, refuse, run_step
 
+_OF_TEXT = ("tokenizer", "vocab_size", "valid_fraction", "max_mib", "compression")
 _EXAMPLE = """example:
   {}
 """
@@ -40,13 +41,13 @@ def _add_show(commands: Any) -> None:
         "  megalite data show data/train --seq-len 256 --start 1000",
     )
     show.add_argument("dataset", type=_dataset, help="a dataset's folder or address")
-    show.add_argument("--documents", type=_positive, default=3, metavar="N", help="how many (default 3)")
-    show.add_argument("--tokens", type=_positive, default=200, metavar="N", help="of each (default 200)")
+    show.add_argument("--documents", type=_positive, metavar="N", help="how many (default 3)")
+    show.add_argument("--tokens", type=_positive, metavar="N", help="of each (default 200)")
     show.add_argument(
         "--seq-len", type=_positive, metavar="N", help="show rows of N tokens instead, documents end to end"
     )
-    show.add_argument("--rows", type=_positive, default=3, metavar="N", help="how many rows (default 3)")
-    show.add_argument("--start", type=_count, default=0, metavar="N", help="the first row (default 0)")
+    show.add_argument("--rows", type=_positive, metavar="N", help="how many rows (default 3)")
+    show.add_argument("--start", type=_count, metavar="N", help="the first row (default 0)")
     show.set_defaults(func=_show)
 
 
@@ -85,14 +86,11 @@ def _add_tokenize(commands: Any) -> None:
     )
     text.add_argument(
         "--tokenizer",
-        default="bpe",
         metavar="KIND",
         help="byte, bpe (trained on this text), or the path of a tokenizer.json (default bpe)",
     )
-    text.add_argument("--vocab-size", type=_positive, default=4096, metavar="N", help="of bpe (default 4096)")
-    text.add_argument(
-        "--valid-fraction", type=float, default=0.02, metavar="F", help="documents held out (default 0.02)"
-    )
+    text.add_argument("--vocab-size", type=_positive, metavar="N", help="of bpe (default 4096)")
+    text.add_argument("--valid-fraction", type=float, metavar="F", help="documents held out (default 0.02)")
     text.add_argument("--max-mib", type=float, metavar="N", help="read at most about N MiB of text")
     text.add_argument(
         "--compression",
@@ -136,7 +134,16 @@ def _tokenize(args: argparse.Namespace) -> int:
 
     if (args.source is None) == (args.text is None):
         raise DataError("give either the folder of a step, or text with --text")
-    return _tokenize_text(args) if args.source is None else run_step(args)
+    if args.source is not None:
+        refuse(args, _OF_TEXT, "goes with --text; of a step say KEY=VALUE")
+        return run_step(args)
+    refuse(args, ("recipe", "workers", "rank", "world"), "goes with a step's folder, not --text")
+    args.tokenizer = args.tokenizer or "bpe"
+    if args.tokenizer != "bpe":
+        refuse(args, ("vocab_size",), f"is of --tokenizer bpe, not {args.tokenizer}")
+    args.vocab_size = args.vocab_size or 4096
+    args.valid_fraction = 0.02 if args.valid_fraction is None else args.valid_fraction
+    return _tokenize_text(args)
 
 
 def _tokenize_text(args: argparse.Namespace) -> int:
@@ -194,8 +201,10 @@ def _show(args: argparse.Namespace) -> int:
     from data_tools.show import show_documents, show_rows
 
     if args.seq_len is None:
-        return show_documents(args.dataset, args.documents, args.tokens)
-    return show_rows(args.dataset, args.rows, args.seq_len, args.start)
+        refuse(args, ("rows", "start"), "is of rows; give --seq-len")
+        return show_documents(args.dataset, args.documents or 3, args.tokens or 200)
+    refuse(args, ("documents", "tokens"), "is of documents; leave --seq-len out")
+    return show_rows(args.dataset, args.rows or 3, args.seq_len, args.start or 0)
 
 
 def _stats(args: argparse.Namespace) -> int:

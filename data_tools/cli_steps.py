@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,15 @@ def add_crew(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, metavar="W", help="how many run this command together")
 
 
+def refuse(args: argparse.Namespace, options: Sequence[str], why: str) -> None:
+    """Raises:  DataError if one of these options was given, where it would do nothing"""
+    from megalite.errors import DataError
+
+    for name in options:
+        if getattr(args, name) is not None:
+            raise DataError(f"--{name.replace('_', '-')} {why}")
+
+
 def build_crew(args: argparse.Namespace, root: Path) -> Crew:
     """The crew that options and environment name.
 
@@ -85,17 +94,18 @@ def build_crew(args: argparse.Namespace, root: Path) -> Crew:
 
 def run_step(args: argparse.Namespace) -> int:
     """Run the step `args.step` on the folder `args.source`."""
-    from data_tools.recipe import Recipe
+    from data_tools.steps import find_step
     from megalite.config_file import load_settings
     from megalite.errors import DataError
 
     if args.recipe is None:
-        settings = load_settings(Recipe, args.step, args.settings)
+        settings: Any = load_settings(find_step(args.step)[0], args.settings)
     elif (settings := getattr(_recipe(args), args.step)) is None:
         raise DataError(f"{args.recipe} has no [{args.step}] table; add one, or leave --recipe out")
     if getattr(args, "preview", False):
         from data_tools.filter import preview
 
+        refuse(args, ("to", "workers", "rank", "world"), "does nothing with --preview; leave one of them out")
         print(preview(settings, args.source).summary())
         return 0
     return _run(args, settings, args.source)
@@ -184,14 +194,14 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _run(args: argparse.Namespace, settings: Section, *sources: Path) -> int:
-    from data_tools.build import STEPS
     from data_tools.report import summary
+    from data_tools.steps import find_step
     from megalite.errors import DataError
 
     if args.to is None:
         raise DataError("--to DIR is missing: the folder this step is to make")
     with build_crew(args, args.to) as crew:
-        flow = STEPS[args.step](settings, *sources, args.to, crew)
+        flow = find_step(args.step)[1](settings, *sources, args.to, crew)
         if crew.is_first:
             print(summary(args.step, flow))
     return 0

@@ -6,6 +6,7 @@ constants made by `np.uint64`; indices are not bounds-checked; nothing may depen
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from collections.abc import Callable
@@ -17,10 +18,16 @@ from megalite.errors import DataError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# What numba makes when imported stays: a hundred thousand objects, which the collector of garbage would go
+# through again and again for nothing, then and whenever it looks at all there is.
+gc.disable()
 try:
     import numba
 except ImportError:
     raise DataError("this needs numba; install it with: pip install 'megalite[data]'") from None
+finally:
+    gc.freeze()
+    gc.enable()
 
 
 def compiled(function: F) -> F:

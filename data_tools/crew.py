@@ -9,25 +9,24 @@ where a phase needs all of the last one. Results do not depend on the number of 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from data_tools.progress import progress
 from megalite.data.folder import disk_errors
 from megalite.data.staging import write_text
 from megalite.errors import DataError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ProcessPoolExecutor
 
 PRESENCE_EVERY_S = 2.0
 SILENT_S = 300.0  # a rank that was seen in this run and then not for so long is gone
@@ -155,6 +154,8 @@ class Crew:
             for task in todo:
                 yield task, _do(folder, task)
             return
+        from concurrent.futures.process import BrokenProcessPool  # only where there are other processes
+
         waiting: dict[Future[tuple[dict[str, Any], Usage]], Task] = {}
         queue = iter(todo)
         try:
@@ -178,12 +179,17 @@ class Crew:
     def _finished(
         self, waiting: dict[Future[tuple[dict[str, Any], Usage]], Task]
     ) -> Iterator[tuple[Task, dict[str, Any]]]:
+        from concurrent.futures import FIRST_COMPLETED, wait
+
         for future in wait(waiting, return_when=FIRST_COMPLETED).done:
             result, used = future.result()
             self.used = Usage(self.used.cpu_s + used.cpu_s, max(self.used.peak_bytes, used.peak_bytes))
             yield waiting.pop(future), result
 
     def _executor(self) -> ProcessPoolExecutor:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+
         if self._pool is None:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["data_tools.crew", "numpy", "pyarrow"])
@@ -256,6 +262,9 @@ def _do_and_measure(folder: Path, task: Task) -> tuple[dict[str, Any], Usage]:
 
 def _start_worker() -> None:
     """One thread each, and none that outlives a killed parent."""
+    import multiprocessing
+    from multiprocessing import connection
+
     import pyarrow as pa
 
     pa.set_cpu_count(1)

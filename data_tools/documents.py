@@ -108,7 +108,7 @@ def read_part(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.R
         names = file.schema_arrow.names
         wanted = list(names if columns is None else columns)
         if absent := [name for name in (*SCHEMA.names, *wanted) if name not in names]:
-            raise DataError(f"{path} has no column {absent[0]}; it has {', '.join(names)}")
+            raise DataError(f"{path} has no column {absent[0]}; {nearest(absent[0], names)}")
         for field in SCHEMA:  # pages have checksums, the footer that types them has none
             if (kind := file.schema_arrow.field(field.name).type) != field.type:
                 raise DataError(f"{path}: column {field.name} is {kind}, not {field.type}; is it damaged?")

@@ -30,10 +30,10 @@ class Flow:
         self.histograms: dict[str, dict[str, int]] = {}
         self.counters: dict[str, int] = {}
 
-    def keep(self, source: str, bytes_in: int, bytes_out: int | None = None) -> None:
-        """One document went through, perhaps changed in size."""
-        self._count(source, "in", bytes_in)
-        self._count(source, "out", bytes_in if bytes_out is None else bytes_out)
+    def keep(self, source: str, bytes_in: int, bytes_out: int | None = None, *, documents: int = 1) -> None:
+        """One document or some went through, perhaps changed in size."""
+        self._count(source, "in", bytes_in, documents)
+        self._count(source, "out", bytes_in if bytes_out is None else bytes_out, documents)
 
     def drop(self, source: str, reason: str, bytes_in: int, doc_id: str, text: str, why: str = "") -> None:
         """One document was left out, for a reason with an optional detail such as the value measured."""
@@ -82,14 +82,13 @@ class Flow:
 
     def tally(self, histogram: str, labels: Iterable[str]) -> None:
         """Count labels in a histogram."""
-        counts = self.histograms.setdefault(histogram, {})
-        for label in labels:
-            counts[label] = counts.get(label, 0) + 1
+        self._tally(histogram, ((label, 1) for label in labels))
 
     def tally_lengths(self, batch: pa.RecordBatch) -> None:
         """Count documents by the power of two their bytes lie above."""
         powers = np.floor(np.log2(np.maximum(texts(batch.column("text")).sizes, 1))).astype(int)
-        self.tally("length", (str(2**power) for power in powers.tolist()))
+        numbers = enumerate(np.bincount(powers).tolist())
+        self._tally("length", ((str(2**power), number) for power, number in numbers if number))
 
     def merge(self, other: Flow) -> None:
         """Add what a later task counted."""
@@ -102,9 +101,7 @@ class Flow:
             for example in examples:
                 self.example(example["source"], reason, example["id"], example["text"], example["why"])
         for histogram, bins in other.histograms.items():
-            mine = self.histograms.setdefault(histogram, {})
-            for label, number in bins.items():
-                mine[label] = mine.get(label, 0) + number
+            self._tally(histogram, bins.items())
         for name, number in other.counters.items():
             self.count(name, number)
 
@@ -155,6 +152,11 @@ class Flow:
             for reason, dropped in counts["dropped"].items():
                 total[reason] = total.get(reason, 0) + dropped["documents"]
         return dict(sorted(total.items()))
+
+    def _tally(self, histogram: str, bins: Iterable[tuple[str, int]]) -> None:
+        counts = self.histograms.setdefault(histogram, {})
+        for label, number in bins:
+            counts[label] = counts.get(label, 0) + number
 
     def _source(self, source: str) -> dict[str, Any]:
         empty = {"in_documents": 0, "in_bytes": 0, "out_documents": 0, "out_bytes": 0, "dropped": {}}

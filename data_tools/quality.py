@@ -10,7 +10,7 @@ from data_tools.documents import with_column
 from data_tools.fasttext_model import FastTextModel
 from data_tools.flow import Flow
 from megalite.config.section import Section
-from megalite.errors import DataError
+from megalite.errors import DataError, nearest
 
 
 class QualitySettings(Section):
@@ -33,8 +33,8 @@ class Quality:
         self._model = FastTextModel(settings.model)
         self._label, self._max_chars = settings.label, settings.max_chars or None
         if settings.label not in self._model.labels:
-            some = ", ".join(self._model.labels[:10])
-            raise DataError(f"{settings.model} has no label {settings.label!r}; it has {some}")
+            told = nearest(settings.label, self._model.labels)
+            raise DataError(f"{settings.model} has no label {settings.label!r}; {told}")
 
     def __call__(self, batch: pa.RecordBatch, flow: Flow) -> pa.RecordBatch:
         scores = [

@@ -194,6 +194,8 @@ def read_report(folder: Path) -> dict[str, Any]:
 
     Raises:  DataError if it is not finished or the report is damaged
     """
+    if folder.is_file():
+        raise DataError(f"{folder} is a file, not a step's folder; megalite data ingest makes one of it")
     report = read_marker(folder, Path(REPORT_FILE).stem)
     if report is None:
         raise DataError(f"{folder} is not a finished step (no {REPORT_FILE}); run the command that makes it")

@@ -41,13 +41,12 @@ def load_toml(root: type[M], path: str | Path, overrides: Sequence[str] = ()) ->
     return _build(root, values, overrides, path, source)
 
 
-def load_settings(root: type[BaseModel], table: str, overrides: Sequence[str]) -> Any:
-    """One table of `root`, made of its defaults and `key=value` overrides alone.
+def load_settings(section: type[M], overrides: Sequence[str]) -> M:
+    """A section made of its defaults and `key=value` overrides alone.
 
     Raises:  ConfigError
     """
-    kind = _section_type(root, [table])
-    return _build(kind, {}, overrides, None, "")
+    return _build(section, {}, overrides, None, "")
 
 
 def build_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:

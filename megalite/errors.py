@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LISTED, _EXAMPLES = 12, 5  # names that are all told; and of more, so many of the nearest
+
 
 class MegaliteError(Exception):
     """Base of all errors megalite raises on purpose; the CLI prints it on one line."""
@@ -71,7 +73,11 @@ def is_unicode(text: str) -> bool:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about a name that is not known: what was meant perhaps, or all there are."""
+    """The end of a message about a name that is not known: what was meant perhaps, or what there is."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'none'}"
+    if near := difflib.get_close_matches(name, names, n=1):
+        return f"did you mean {near[0]!r}?"
+    if len(names) <= _LISTED:
+        return f"there are {', '.join(names) or 'none'}"
+    some = difflib.get_close_matches(name, names, n=_EXAMPLES, cutoff=0.0)
+    return f"there are {len(names)}, such as {', '.join(some)}"

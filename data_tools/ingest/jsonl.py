@@ -25,6 +25,7 @@ def read_jsonl(
     begins at, since what precedes a range is not counted.
     """
     is_range = end is not None
+    has_any = is_range
     last = name
     try:
         with open_bytes(path, max(start - 1, 0)) as stream:
@@ -32,9 +33,12 @@ def read_jsonl(
                 last = place = f"{name}@{line.at}" if is_range else f"{name}:{line.number}"
                 if (found := _document(place, line, source)) is None:
                     continue
+                has_any = True
                 yield found
                 if isinstance(found, SetAside) and found.why == _NOT_LINES:
                     return
+        if not has_any:
+            yield SetAside(name, Reason.EMPTY)
     except BrokenStreamError as error:
         yield SetAside(
             name, error.reason, b"", 0, f"after {last}: {error.why}" if last != name else error.why

@@ -115,7 +115,6 @@ def _batches(
             if isinstance(found, Document):
                 documents.append(found)
                 size += len(found.text)
-                flow.keep(source.name, found.raw_bytes or len(found.text), len(found.text))
                 if size >= BATCH_BYTES or len(documents) == BATCH_ROWS:
                     yield _batch(source, documents, flow)
                     documents, size = [], 0
@@ -150,6 +149,8 @@ def _batch(source: SourceSettings, documents: list[Document], flow: Flow) -> pa.
         ],
         schema=SCHEMA,
     )
+    raw = sum(document.raw_bytes or len(document.text) for document in documents)
+    flow.keep(source.name, raw, int(offsets[-1]), documents=len(documents))
     flow.tally_lengths(batch)
     return batch
 

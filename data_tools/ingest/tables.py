@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from data_tools.ingest.found import HEAD_BYTES, Document, Found, Note, Reason, SetAside, from_record
 from data_tools.ingest.settings import SourceSettings
-from megalite.errors import DataError
+from megalite.errors import DataError, nearest
 
 TABLES = (".parquet", ".arrow")
 BATCH_BYTES = 8 << 20  # of a table's columns, as far as its metadata is true
@@ -32,9 +32,7 @@ def check_table(path: Path, source: SourceSettings) -> None:
     names = schema.names
     for key in (source.text_field, *(source.meta_fields or ())):
         if key not in names:
-            raise DataError(
-                f"source {source.name!r}: {path} has no column {key!r}; it has {', '.join(map(repr, names))}"
-            )
+            raise DataError(f"source {source.name!r}: {path} has no column {key!r}; {nearest(key, names)}")
     kind = schema.field(source.text_field).type
     if not _is_text(kind):
         raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from data_tools.build import build
-from data_tools.recipe import load_recipe
+from data_tools.build import STEPS, build
+from data_tools.recipe import Recipe, load_recipe
 from data_tools.step import read_report
+from data_tools.steps import find_step
 from megalite.cli import main
 from megalite.config_file import load_toml, to_toml
 from megalite.data.shards import Dataset
@@ -119,6 +121,63 @@ def write_recipe(path: Path, more: str) -> Path:
     return path
 
 
+def test_a_step_by_itself_is_that_of_a_recipe() -> None:
+    for name, run in STEPS.items():
+        section, found = find_step(name)
+        assert found is run
+        assert section in (kind := Recipe.model_fields[name].annotation, *getattr(kind, "__args__", ()))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("tokenize in --to out --vocab-size 300", "--vocab-size goes with --text; of a step say KEY=VALUE"),
+        ("tokenize in --to out --max-mib 1", "--max-mib goes with --text"),
+        ("tokenize --text in --to out --recipe r.toml", "--recipe goes with a step's folder, not --text"),
+        ("tokenize --text in --to out --workers 2", "--workers goes with a step's folder"),
+        ("tokenize --text in --to out vocab_size=9", "give either the folder of a step, or text"),
+        ("tokenize --text in --to out --tokenizer byte --vocab-size 9", "--vocab-size is of --tokenizer bpe"),
+        ("filter in --preview --to out", "--to does nothing with --preview"),
+        ("filter in --preview --workers 2", "--workers does nothing with --preview"),
+        ("show in --rows 2", "--rows is of rows; give --seq-len"),
+        ("show in --start 0", "--start is of rows; give --seq-len"),
+        ("show in --seq-len 9 --tokens 3", "--tokens is of documents; leave --seq-len out"),
+        ("dedup near a.txt --to out", "a.txt is a file, not a step's folder"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("a text")
+    (tmp_path / "a.txt").write_text("a text")
+    assert main(["data", *command.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("step", ["ingest", "dedup exact"])
+def test_a_step_by_itself_does_not_load_the_others(step: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text\n")
+    assert main(["data", "ingest", str(tmp_path / "a.txt"), "--to", str(tmp_path / "in")]) == 0
+    source = tmp_path / ("a.txt" if step == "ingest" else "in")
+    command = ["data", *step.split(), str(source), "--to", str(tmp_path / "out"), "--workers", "1"]
+    program = (
+        "import sys\nfrom megalite.cli import main\n"
+        f"assert main({command!r}) == 0\n"
+        "print(*sorted(name for name in sys.modules if name.startswith(('data_tools.', 'numba'))))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    names = set(loaded.stdout.splitlines()[-1].split())
+    assert ("numba" in names) == (step != "ingest")
+    assert not {"data_tools.clean", "data_tools.mix.search", "data_tools.tokenize_parts"} & names
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -133,7 +192,7 @@ def write_recipe(path: Path, more: str) -> Path:
         ("[filter]", r"filter: .*add a \[clean\] table"),
         (
             '[clean]\n[near]\nkeep = "best"\nbest_column = "quality"',
-            r"near\.best_column: \[clean\] has no column of numbers 'quality'; there are .*language_score",
+            r"\[clean\] has no column of numbers 'quality'; there are 46, such as [^,]+(, [^,]+){4} \(",
         ),
         (
             '[clean]\n[filter]\nkeep_statistics = false\n[buckets]\nby = "gopher_words"',

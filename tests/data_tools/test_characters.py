@@ -54,3 +54,11 @@ def test_classes_are_those_of_unicodedata(character: str) -> None:
 def test_scripts_without_spaces_have_one_word_a_character() -> None:
     alone = {c for c in "漢かカไ한aя1" if character_classes()[ord(c)] & characters.ALONE}
     assert alone == set("漢かカไ")
+
+
+def test_no_character_has_another_category_for_its_blocks_not_being_looked_up() -> None:
+    every = range(0x110000)
+    classes = np.frombuffer("".join(unicodedata.category(chr(code))[0] for code in every).encode(), np.uint8)
+    for major, bit in (("L", characters.LETTER), ("N", characters.NUMBER), ("M", characters.MARK)):
+        assert np.array_equal((character_classes() & bit) != 0, classes == ord(major))
+    assert np.array_equal((character_classes() & characters.PUNCTUATION) != 0, classes == ord("P"))

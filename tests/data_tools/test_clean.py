@@ -179,7 +179,7 @@ def test_quality_is_the_probability_of_a_label(tmp_path: Path) -> None:
     assert sum(flow.histograms["quality"].values()) == len(rows)
     short = Quality(QualitySettings(model=str(path), label="bad", max_chars=5))(batch.slice(3), Flow())
     assert short.column("quality")[0].as_py() > 0.5
-    with pytest.raises(DataError, match="has no label 'fine'; it has"):
+    with pytest.raises(DataError, match="has no label 'fine'; there are "):
         Quality(QualitySettings(model=str(path), label="fine"))
 
     # The step knows the model by what it is: elsewhere it is the same step.

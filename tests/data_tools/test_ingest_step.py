@@ -11,10 +11,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from pydantic import ValidationError
 
 from data_tools.flow import Flow
@@ -237,6 +239,65 @@ def test_what_has_no_text_is_refused(tmp_path: Path) -> None:
             with pytest.raises(DataError, match=why):
                 ingest(tmp_path / f"out-{path}", {"name": "s", "path": str(tmp_path / path)})
     assert not (tmp_path / "out-empty" / "step.json").exists()
+
+
+LINES = b'{"text": "a line"}\n' * 50
+TAR = gzip.compress(b"x" * 512, mtime=0)[:20]
+CUT_OFF, ARCHIVE = "damaged or cut off", "archive to unpack"
+# Content that breaks, by the name it is under; why it is set aside in a folder.
+BROKEN = {
+    "cut.jsonl.gz": (gzip.compress(LINES, mtime=0)[:15], CUT_OFF),
+    "cut.jsonl.zst": (zstandard.compress(LINES)[:10], CUT_OFF),
+    "plain.jsonl.gz": (LINES, CUT_OFF),  # of another format than its name says
+    "plain.jsonl.zst": (LINES, CUT_OFF),
+    "noise.txt.gz": (b"\x93noise", CUT_OFF),
+    "noise.md.zst": (b"\x93noise", CUT_OFF),
+    "noise.html.gz": (b"\x93noise", CUT_OFF),
+    "noise.warc.gz": (b"\x93noise", CUT_OFF),
+    "noise.py.zst": (b"\x93noise", CUT_OFF),
+    "noise.parquet": (b"\x93noise" * 9, CUT_OFF),
+    "noise.arrow": (b"\x93noise" * 9, CUT_OFF),
+    "empty.parquet": (b"", CUT_OFF),
+    "empty.jsonl": (b"", "empty"),
+    "empty.jsonl.zst": (b"", "empty"),
+    "empty.gz": (b"", "empty"),
+    "cut.zip": (b"PK\3\4", ARCHIVE),
+    "cut.tar": (b"x" * 9, ARCHIVE),
+    "cut.tar.gz": (TAR, ARCHIVE),
+    "cut.tgz": (TAR, ARCHIVE),
+    "table.parquet.gz": (TAR, ARCHIVE),
+    "pack.txt": (b"PK\3\4\0\0", "binary file"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_broken_file_is_named_wherever_it_stands(tmp_path: Path, name: str, place: int) -> None:
+    content, reason = BROKEN[name]
+    sources = []
+    for number in range(3):
+        folder = tmp_path / f"in{number}"
+        folder.mkdir()
+        (folder / "good.txt").write_text("text")
+        sources.append({"name": f"s{number}", "path": str(folder)})
+    bad = tmp_path / f"in{place}" / name
+    bad.write_bytes(content)
+    # In a folder it is set aside and counted, and all else is read.
+    flow = ingest(tmp_path / "out", *sources)
+    assert flow.sources[f"s{place}"]["dropped"] == {reason: {"documents": 1, "bytes": mock.ANY}}
+    assert [counts["out_documents"] for counts in flow.sources.values()] == [1, 1, 1]
+    (told,) = aside_of(tmp_path / "out")
+    assert told["source"] == f"s{place}"
+    assert told["place"].split(":")[0] == name
+    # As a source of its own, or with nothing beside it, it is refused; an archive before any work.
+    for alone in (bad, bad.parent):
+        (bad.parent / "good.txt").unlink(missing_ok=True)
+        sources[place]["path"] = str(alone)
+        out = tmp_path / f"out-{alone.name}"
+        with pytest.raises(DataError, match=rf"source 's{place}': .*{alone.name}"):
+            ingest(out, *sources)
+        assert out.joinpath("step.json").exists() == (reason != ARCHIVE)
+        assert not (out / "report.json").exists()
 
 
 def test_pages_need_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

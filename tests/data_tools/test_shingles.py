@@ -43,6 +43,40 @@ def test_words_are_those_of_plain_python(rows: list[str]) -> None:
     assert len(names) == len({word for row in rows for word, _ in words_of(row)})  # and the other way
 
 
+def plain_hash(word: str) -> int:
+    """ASCII letters up to seven at a time below a one, every other character alone."""
+    pieces: list[int] = []
+    held = 1
+    for letter in [*word.lower(), ""]:
+        if letter.isascii() and letter:
+            held = held << 8 | ord(letter)
+        if held > 1 and (not letter or not letter.isascii() or held >> 56):
+            pieces.append(held)
+            held = 1
+        if not letter.isascii():
+            pieces.append(ord(letter))
+    value = 0x9E3779B97F4A7C15
+    for piece in pieces:
+        value = (value ^ piece) * 0xD6E8FEB86659FD93 % 2**64
+        value ^= value >> 32
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+    return value ^ (value >> 31)
+
+
+def test_hashes_are_the_same_wherever_a_word_lies_among_the_eight_bytes_looked_at() -> None:
+    letters = "Abc_9xyZ01mnopqRstuvwK7"
+    ascii_words = [letters[:length] for length in range(1, len(letters) + 1)]
+    words = ascii_words + [word[:at] + "é" + word[at:] for word in ascii_words for at in range(len(word) + 1)]
+    for before in range(9):
+        for divider in (" ", "\n\n", " — ", ".", "\0" * 9):
+            row = " " * before + divider.join(words)
+            hashes, starts = split([row, "next", row.replace(divider, divider * 3), ""])
+            assert hashes == [[plain_hash(word) for word in words], [plain_hash("next")], hashes[0], []]
+            assert starts[0][0] == before
+    assert split(words)[0] == [[plain_hash(word)] for word in words]  # none goes on in the next row
+
+
 @pytest.mark.parametrize("short", [True, False])
 def test_windows_of_equal_words_have_equal_hashes_and_no_others(short: bool) -> None:
     draw = np.random.default_rng(1)
