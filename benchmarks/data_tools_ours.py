@@ -20,6 +20,7 @@ from typing import Any
 from data_tools.crew import Crew
 from data_tools.flow import Flow
 from data_tools.step import step_parts
+from megalite.config.section import Section
 
 BATCH_BYTES = 8 << 20  # a row group's
 
@@ -154,8 +155,13 @@ def _recipe(path: Path, folder: Path, tables: dict[str, Any]) -> None:
     values["ingest"] = {"sources": [{"name": "corpus", "path": str(path)}]}
     values["tokenize"] = {"tokenizer": os.environ["TOKENIZER"]}
     told: dict[str, Any] = {}
-    for name, run in build.STEPS.items():
-        build.STEPS[name] = partial(_told, told, name, run)
+    find_step = build.find_step
+
+    def find_told(name: str) -> tuple[type[Section], Callable[..., Flow]]:
+        settings, run = find_step(name)
+        return settings, partial(_told, told, name, run)
+
+    build.find_step = find_told
     with Crew(folder / "out", workers=1) as crew:
         build.build(Recipe.model_validate(values), crew)
     (folder / "steps.json").write_text(json.dumps(told))

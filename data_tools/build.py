@@ -6,37 +6,19 @@ A step is made again only if its settings or what it reads has changed; what com
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools import clean, decontaminate, filter, tokenize_parts
+from data_tools import clean, decontaminate, tokenize_parts
 from data_tools.crew import Crew
-from data_tools.dedup import exact, near, spans
-from data_tools.flow import Flow
-from data_tools.ingest import step as ingest
-from data_tools.mix import buckets, mixture, search
 from data_tools.recipe import Recipe
 from data_tools.report import summary, write_report
+from data_tools.steps import STEPS, find_step
 from megalite.errors import DataError
 
 REPORT_PAGE = "report.html"
 
-# In the order of a recipe. After ingest each reads the one before it, but for mix and search, which both
-# read the shards.
-STEPS: dict[str, Callable[..., Flow]] = {
-    "ingest": ingest.run,
-    "clean": clean.run,
-    "filter": filter.run,
-    "exact": exact.run,
-    "near": near.run,
-    "spans": spans.run,
-    "decontaminate": decontaminate.run,
-    "buckets": buckets.run,
-    "tokenize": tokenize_parts.run,
-    "mix": mixture.run,
-    "search": search.run,
-}
 # What can be found wrong before any work is done; ingest looks at its own at once.
 CHECKS: dict[str, Callable[[Any], None]] = {
     "clean": clean.check,
@@ -55,15 +37,25 @@ class Planned(NamedTuple):
     folder: Path
 
 
-def plan(recipe: Recipe) -> Iterator[Planned]:
-    """The steps of a recipe in their order."""
+def plan(recipe: Recipe, until: str | None = None) -> list[Planned]:
+    """The steps of a recipe in their order, to the step `until` if one is named.
+
+    Raises:  DataError if the recipe has no such step
+    """
     out = Path(recipe.out)
     before: tuple[Path, ...] = ()
+    steps = []
     for name in STEPS:
         if (settings := getattr(recipe, name)) is not None:
             sources = (out / "tokenize",) if name in _READ_SHARDS else before
-            yield Planned(name, settings, sources, out / name)
+            steps.append(Planned(name, settings, sources, out / name))
             before = (out / name,)
+    names = [step.name for step in steps]
+    if until is None:
+        return steps
+    if until not in names:
+        raise DataError(f"the recipe has no step {until!r}; it has {', '.join(names)}")
+    return steps[: names.index(until) + 1]
 
 
 def build(recipe: Recipe, crew: Crew, until: str | None = None) -> Path:
@@ -72,18 +64,14 @@ def build(recipe: Recipe, crew: Crew, until: str | None = None) -> Path:
     Raises:  DataError if the recipe has no step `until`, or a file or package that a step needs is missing,
     both before any work; or of the step that fails
     """
-    steps = list(plan(recipe))
-    names = [step.name for step in steps]
-    if until is not None:
-        if until not in names:
-            raise DataError(f"the recipe has no step {until!r}; it has {', '.join(names)}")
-        steps = steps[: names.index(until) + 1]
+    steps = plan(recipe, until)
     for step in steps:
         if step.name in CHECKS:
             CHECKS[step.name](step.settings)
     page = Path(recipe.out) / REPORT_PAGE
     for number, step in enumerate(steps, 1):
-        flow = STEPS[step.name](step.settings, *step.sources, step.folder, crew, renew=True)
+        _, run = find_step(step.name)
+        flow = run(step.settings, *step.sources, step.folder, crew, renew=True)
         if crew.is_first:
             print(summary(step.name, flow), file=sys.stderr, flush=True)
             done = [(each.name, each.folder) for each in steps[:number]]

@@ -147,7 +147,7 @@ def _add_step(commands: Any, add: Add, name: str, command: str, text: str, setti
 
 
 def _build(args: argparse.Namespace) -> int:
-    from data_tools.build import build
+    from data_tools.build import build, plan
     from data_tools.mix.mixture import MIXTURE_FILE
     from data_tools.recipe import Recipe, load_recipe
     from megalite.config_file import describe_keys, to_toml
@@ -160,7 +160,10 @@ def _build(args: argparse.Namespace) -> int:
         raise DataError("no recipe named; configs/corpus.toml is an example, --keys lists all settings")
     recipe = load_recipe(args.recipe, args.settings)
     if args.dry_run:
-        print(to_toml(recipe), end="")
+        print(
+            f"# steps: {', '.join(step.name for step in plan(recipe, args.until))}\n\n{to_toml(recipe)}",
+            end="",
+        )
         return 0
     with build_crew(args, Path(recipe.out)) as crew:
         page = build(recipe, crew, args.until)

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from data_tools.build import STEPS, build
+from data_tools.build import build
 from data_tools.recipe import Recipe, load_recipe
 from data_tools.step import read_report
-from data_tools.steps import find_step
+from data_tools.steps import STEPS, find_step
 from megalite.cli import main
 from megalite.config_file import load_toml, to_toml
 from megalite.data.shards import Dataset
@@ -122,10 +122,21 @@ def write_recipe(path: Path, more: str) -> Path:
 
 
 def test_a_step_by_itself_is_that_of_a_recipe() -> None:
-    for name, run in STEPS.items():
-        section, found = find_step(name)
-        assert found is run
+    for name in STEPS:
+        section, run = find_step(name)
+        assert run.__name__ == "run"
         assert section in (kind := Recipe.model_fields[name].annotation, *getattr(kind, "__args__", ()))
+
+
+def test_a_dry_run_prints_what_a_recipe_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_recipe(tmp_path / "r.toml", "[exact]\n[near]\n[tokenize]\n")
+    assert main(["data", "build", str(path), "--dry-run", "--until", "near"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("# steps: ingest, exact, near\n")
+    (tmp_path / "again.toml").write_text(told)
+    assert load_recipe(tmp_path / "again.toml", []) == load_recipe(path, [])
+    assert main(["data", "build", str(path), "--dry-run", "--until", "spans"]) == 2
+    assert "no step 'spans'; it has ingest, exact, near, tokenize" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
