@@ -13,7 +13,7 @@ from megalite.data.order import CHUNK_TOKENS, EvenChunks, Layout
 from megalite.data.shards import Dataset
 from megalite.errors import DataError
 
-OPEN_BLOCKS = 96  # record batches in use at once; fewer than a dataset keeps open
+OPEN_BLOCKS = 192  # record batches in use at once; fewer than a dataset keeps open
 
 Ints = NDArray[np.int64]
 
