@@ -14,8 +14,8 @@ import zstandard
 
 from megalite.data.manifest import ShardInfo
 
-# On tokens of source code an eighth smaller than Arrow's own level 1, and read as fast. Its window of 2 MiB is far below what readers
-# accept.
+# Tokens of source code come out an eighth smaller than by Arrow's own level 1, and are read as fast. Its
+# window of 2 MiB is far below what readers accept.
 ZSTD_LEVEL = 6
 
 
