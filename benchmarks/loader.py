@@ -383,7 +383,7 @@ def main() -> None:
         if args.out:
             loads = "; ".join(f"{load:.1f}" for load in (load_before, os.getloadavg()[2]))
             machine = (
-                f"{os.cpu_count()} shared cores, average load of 15 minutes before and after {loads}; page cache "
+                f"{os.cpu_count()} shared cores, load before and after {loads} (15 minutes), page cache "
                 "warm, one process a contender"
             )
             args.out.write_text(
