@@ -95,7 +95,7 @@ def _check(dataset: Dataset, task: _Task) -> list[DataError]:
     try:
         for number in range(task.start, task.stop):
             try:
-                dataset.block(number)
+                dataset.block(number).check_names()
             except CorruptBlockError as error:
                 faults.append(error)
         if task.start == task.stop:

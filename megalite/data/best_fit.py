@@ -30,7 +30,7 @@ from megalite.data.shards import CorruptBlockError, Dataset
 from megalite.errors import DataError
 
 VERSION = 1  # of how documents are packed
-CHUNK_TOKENS = 1 << 18  # at least: enough documents that nearly every gap finds one
+CHUNK_TOKENS = 1 << 19  # at least: enough documents that nearly every gap finds one
 CHUNK_SAMPLES = 64  # at least, where samples are long
 
 Ints = NDArray[np.int64]

@@ -70,7 +70,8 @@ class Manifest:
     """A whole dataset: its tokenizer and its shards in stored order.
 
     `has_loss_mask` says whether documents carry spans of tokens that count for the loss;
-    `empty_documents` counts documents without a token, which were left out.
+    `empty_documents` counts documents without a token, which were left out; `file_crc32` is the CRC of the
+    file it was read from, as a whole.
     """
 
     tokenizer: TokenizerInfo
@@ -78,6 +79,7 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
     has_loss_mask: bool = False
     empty_documents: int = 0
+    file_crc32: int | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -96,8 +98,10 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """Of all that the manifest says, CRCs of the data included: equal only for the same dataset."""
-        return f"{zlib.crc32(dump_manifest(self)):08x}"
+        """Of `manifest.json`, CRCs of the data included: equal only for the same dataset."""
+        # Writing a large one again would take longer than reading it has.
+        crc = zlib.crc32(dump_manifest(self)) if self.file_crc32 is None else self.file_crc32
+        return f"{crc:08x}"
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
@@ -152,6 +156,7 @@ def load_manifest(folder: Folder) -> Manifest:
         shards,
         _field(path, content, "loss_mask", bool),
         _field(path, content, "empty_documents", int),
+        zlib.crc32(data),
     )
     derived = {"dtype": manifest.dtype.name, "documents": manifest.documents, "tokens": manifest.tokens}
     for key, expected in derived.items():
@@ -214,10 +219,15 @@ def shard_from_json(path: str, shard: Any, compression: str | None, where: str) 
     columns = [_field(path, table, key, list, f"{where}.batches") for key in BATCH_COLUMNS]
     if len({len(column) for column in columns}) != 1 or not columns[0]:
         raise DataError(f"{path}: {where}.batches has columns of lengths {[len(c) for c in columns]}")
-    for column in columns:
-        if set(map(type, column)) != {int} or not 0 <= min(column) <= max(column) < 2**53:
-            raise DataError(f"{path}: {where}.batches holds something that is not an integer in [0, 2^53)")
-    batches = np.array(columns, dtype=np.int64).T
+    wrong = DataError(f"{path}: {where}.batches holds something that is not an integer in [0, 2^53)")
+    if any(set(map(type, column)) != {int} for column in columns):
+        raise wrong
+    try:
+        batches = np.array(columns, dtype=np.int64).T
+    except OverflowError:
+        raise wrong from None
+    if batches.min() < 0 or batches.max() >= 2**53:
+        raise wrong
     ends = batches[:, OFFSET] + batches[:, BYTES]
     if ends[-1] > arrow or (batches[1:, OFFSET] < ends[:-1]).any() or (batches[:, BYTES] < 1).any():
         raise DataError(f"{path}: {where}.batches are empty, overlap or leave the file's {arrow} bytes")

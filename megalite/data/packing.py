@@ -13,7 +13,7 @@ from megalite.data.order import CHUNK_TOKENS, EvenChunks, Layout
 from megalite.data.shards import Dataset
 from megalite.errors import DataError
 
-OPEN_BLOCKS = 96  # record batches in use at once; fewer than a dataset keeps open
+OPEN_BLOCKS = 192  # record batches in use at once; fewer than a dataset keeps open
 
 Ints = NDArray[np.int64]
 
@@ -86,20 +86,21 @@ class Concat:
         while filled < out.size:  # all are opened first, so that a damaged one leaves nothing half done
             opened.append(self._dataset.block(number + len(opened)))
             filled += opened[-1].tokens.size
-        counts = np.ones(out.size, dtype=np.bool_)
+        counts = None
         filled = -low
         for block in opened:
             begin, end = max(filled, 0), min(filled + block.tokens.size, out.size)
             out[begin:end] = block.tokens[begin - filled : end - filled]
-            first, stop = (
-                bisect_right(block.places, -filled),
-                bisect_right(block.places, out.size - 1 - filled),
-            )
-            rows.mark_documents(row, block.offsets[first:stop], -filled)  # the last begins the next block
+            if rows.masked:
+                # The last offset is where the next block begins.
+                first = bisect_right(block.places, -filled)
+                stop = bisect_right(block.places, out.size - 1 - filled, first)
+                rows.mark_documents(row, block.offsets[first:stop], -filled)
             if block.loss_mask is not None:
+                counts = np.ones(out.size, dtype=np.bool_) if counts is None else counts
                 counts[begin:end] = block.loss_mask[begin - filled : end - filled]
             filled += block.tokens.size
-        if not counts.all():
+        if counts is not None:
             rows.mask_loss(row, counts)
 
     def blocks(self, samples: Ints) -> Ints:

@@ -14,8 +14,9 @@ T = TypeVar("T")
 
 
 class ReadAhead(Generic[T]):
-    """The items of an iterator, up to `ahead` of them taken before they are asked for. Close it, or use
-    `with`. With `ahead` 0 there is no thread.
+    """The items of an iterator, up to `ahead` of them taken before they are asked for; only one until that
+    is asked for, since whoever waits for the first should not wait for the interpreter, too. Close it, or
+    use `with`. With `ahead` 0 there is no thread.
 
     `wait_s` is the time its consumer has spent waiting.
 
@@ -29,6 +30,7 @@ class ReadAhead(Generic[T]):
         self._ready: deque[T] = deque()
         self._error: BaseException | None = None
         self._closed = False
+        self._begun = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         if ahead:
@@ -78,17 +80,21 @@ class ReadAhead(Generic[T]):
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._error is not None or self._closed)
             if self._ready:
+                self._begun = True
                 self._changed.notify_all()
                 return self._ready.popleft()
             if self._error is not None:
                 raise self._error
             raise StopIteration
 
+    def _has_room(self) -> bool:
+        return self._closed or len(self._ready) < (self._ahead if self._begun else 1)
+
     def _read_ahead(self) -> None:
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: len(self._ready) < self._ahead or self._closed)
+                    self._changed.wait_for(self._has_room)
                     if self._closed:
                         return
                 item = next(self._items)

@@ -21,6 +21,7 @@ from megalite.errors import DataError
 ATTEMPTS = 6  # about half a minute in all
 PAUSE_S = 1.0  # after the first failure
 PATIENCE_S = 120.0  # without progress; some clients try again for long before they say so
+REASON_CHARS = 300  # of a client's error in ours
 SILENCE_S = 60.0  # a connection that sends nothing for so long is broken
 
 # gcsfs logs every failed attempt with its traceback; the last one is in our error.
@@ -113,7 +114,7 @@ class RemoteFolder:
                     tried = "" if is_refused else f" after {failures} attempts"
                     raise DataError(
                         f"cannot read {self.locate(name)}{tried}: {type(error).__name__}: "
-                        f"{str(error).partition(chr(10))[0]}; {_remedy(error, is_refused)}"
+                        f"{_reason(error)}; {_remedy(error, is_refused)}"
                     ) from None
                 time.sleep(PAUSE_S * 2 ** (failures - 1) * random.uniform(0.5, 1.0))
 
@@ -188,6 +189,12 @@ def _status(error: BaseException) -> int:
         return int(found.get("HTTPStatusCode", 0))
     status = str(getattr(error, "status", None) or getattr(error, "code", None))  # aiohttp, gcsfs
     return int(status) if status.isdigit() else 0
+
+
+def _reason(error: Exception) -> str:
+    """An error's first line. Clients quote what they could not understand, which may be half a shard."""
+    line = str(error).partition("\n")[0]
+    return line if len(line) <= REASON_CHARS else f"{line[:REASON_CHARS]}…"
 
 
 def _remedy(error: Exception, is_refused: bool) -> str:

@@ -19,11 +19,12 @@ import weakref
 import zlib
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from megalite.data.cache import ShardCache
@@ -42,7 +43,7 @@ from megalite.data.remote import is_remote, open_folder
 from megalite.data.tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, fingerprint
 from megalite.errors import DataError
 
-OPEN_BLOCKS = 256
+OPEN_BLOCKS = 512
 OPEN_BLOCKS_BYTES = 64 << 20  # of blocks that are not views of a map: unpacked, or with a loss mask
 MAPPED_BYTES = 96 << 20  # of blocks opened until the pages of all are let go of
 
@@ -81,10 +82,11 @@ class Block:
              d is tokens[offsets[d]:offsets[d + 1]]; loss_mask bool [n], or None where every token counts
     """
 
-    __slots__ = ("_batch", "loss_mask", "offsets", "places", "tokens")
+    __slots__ = ("_names", "_refuse", "loss_mask", "offsets", "places", "tokens")
 
-    def __init__(self, parts: Parts) -> None:
-        self.tokens, self.offsets, self.loss_mask, self._batch = parts
+    def __init__(self, parts: Parts, refuse: Callable[[Exception], DataError]) -> None:
+        self.tokens, self.offsets, self.loss_mask, self._names = parts
+        self._refuse = refuse
         self.places = self.offsets.data  # the same numbers; bisect is faster on these
 
     def span(self, start: int, stop: int) -> Span:
@@ -99,20 +101,42 @@ class Block:
 
     @property
     def doc_ids(self) -> list[str]:
-        """The documents' names, made into strings when asked for."""
-        names: list[str] = self._batch.column("doc_id").to_pylist()
+        """The documents' names, made into strings when asked for.
+
+        Raises:  CorruptBlockError if they are not what they should be
+        """
+        names: list[str] = self._column("doc_id").to_pylist()
         return names
 
     @property
     def sources(self) -> list[str]:
-        """The documents' sources, made into strings when asked for."""
-        names: list[str] = self._batch.column("source").to_pylist()
+        """The documents' sources, made into strings when asked for.
+
+        Raises:  CorruptBlockError if they are not what they should be
+        """
+        names: list[str] = self._column("source").to_pylist()
         return names
 
     def encoded_sources(self) -> tuple[NDArray[np.int32], list[str]]:
-        """Sources as numbers: int32 [documents], each a place in the list of names."""
-        encoded = self._batch.column("source").dictionary_encode()
+        """Sources as numbers: int32 [documents], each a place in the list of names.
+
+        Raises:  CorruptBlockError if they are not what they should be
+        """
+        encoded = self._column("source").dictionary_encode()
         return encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+
+    def check_names(self) -> None:
+        """What only those who ask for names need to be sound.
+
+        Raises:  CorruptBlockError
+        """
+        self._column("doc_id")
+
+    def _column(self, name: str) -> pa.Array:
+        try:
+            return self._names().column(name)
+        except REFUSALS as error:
+            raise self._refuse(error) from None
 
 
 class CorruptBlockError(DataError):
@@ -317,8 +341,10 @@ class Dataset:
         info = self.manifest.shards[shard]
         offset, size, crc, documents, tokens = info.batches[row].tolist()
 
+        folder = self._folder  # blocks outlive this call, and must not keep the dataset
+
         def corrupt(reason: str) -> CorruptBlockError:
-            return CorruptBlockError(self._folder.locate(info.file), row, number, reason)
+            return CorruptBlockError(folder.locate(info.file), row, number, reason)
 
         try:
             data = self._maps.map(shard).slice(offset, size)
@@ -332,14 +358,18 @@ class Dataset:
             raise corrupt(f"cannot be read: {error}") from None
         if found != crc:
             raise corrupt(f"is corrupt: CRC {found:#010x}, expected {crc:#010x}")
-        try:
-            block = Block(decode(data, self._schema, self.manifest, documents, tokens, is_checked))
-        except REFUSALS as error:
+
+        def refusal(error: Exception) -> CorruptBlockError:
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise corrupt(f"is not what the manifest says: {reason}") from None
+            return corrupt(f"is not what the manifest says: {reason}")
+
+        try:
+            parts = decode(data, self._schema, self.manifest, documents, tokens, is_checked)
+        except REFUSALS as error:
+            raise refusal(error) from None
         self._checked[number] = 1
         self._touch(size)
-        return block
+        return Block(parts, refusal)
 
     def _touch(self, size: int) -> None:
         """Bound resident memory, in which mapped pages count though the kernel could have them back. What is

@@ -31,8 +31,9 @@ from megalite.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from megalite.errors import DataError
 
 SHARD_BYTES = 256 << 20  # of buffers before compression; keeps int32 list offsets safe
-BATCH_TOKENS = 1 << 19  # what one CRC covers and one open verifies: 1 or 2 MiB, a fraction of a millisecond
-COMPRESSED_BATCH_TOKENS = 1 << 17  # smaller, because a shuffled read unpacks a whole batch for a sample
+# What one CRC covers and one open verifies. The first batch of a run waits for one of them a sample.
+BATCH_TOKENS = 1 << 18  # 512 KiB or 1 MiB, a seventh of a millisecond
+COMPRESSED_BATCH_TOKENS = 1 << 16  # smaller, because it is unpacked, too
 BATCH_DOCUMENTS = 1 << 16
 MAX_DOCUMENT_TOKENS = 2**31 - 1
 

@@ -75,19 +75,22 @@ def with_message(folder: Path, message: bytes, documents: int = 1, tokens: int =
     edit_manifest(folder, lambda old: old.update({"shards": [shard], "documents": documents, **content}))
 
 
-def with_batch(columns: dict[str, Any], documents: int = 1, tokens: int = 4) -> Make:
+def with_batch(
+    columns: dict[str, Any], documents: int = 1, tokens: int = 4, codec: str | None = None
+) -> Make:
     """One record batch of these Arrow columns."""
-    message = serialized(pa.record_batch(columns))
-    return lambda folder: with_message(folder, message, documents, tokens)
+    message = serialized(pa.record_batch(columns), codec)
+    return lambda folder: with_message(folder, message, documents, tokens, compression=codec)
 
 
-def with_name_of_length(length: int) -> Make:
+def with_name_of_length(length: int, codec: str | None = None) -> Make:
     """One record batch whose doc_id of 21 bytes claims another length."""
     columns = [pa.array([TOKENS], U16.field("tokens").type), pa.array(["a" * 21]), pa.array(["x"])]
-    message = serialized(pa.record_batch(columns, schema=U16))
+    message = serialized(pa.record_batch(columns, schema=U16), codec)
     honest, claim = struct.pack("<ii", 0, 21), struct.pack("<ii", 0, length)
     at = message.rindex(honest)  # in the body; metadata before it may look alike
-    return lambda folder: with_message(folder, message[:at] + claim + message[at + 8 :])
+    message = message[:at] + claim + message[at + 8 :]
+    return lambda folder: with_message(folder, message, compression=codec)
 
 
 def with_offsets(offsets: list[int], values: list[int] = TOKENS) -> Make:
@@ -213,6 +216,13 @@ def with_pipe(folder: Path) -> None:
 
 LIST_U16 = U16.field("tokens").type
 X = pa.array(["x"])
+NOT_UTF8 = {
+    "tokens": pa.array([TOKENS], LIST_U16),
+    "doc_id": pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(struct.pack("<ii", 0, 2)), pa.py_buffer(b"\xff\xfe")]
+    ),
+    "source": X,
+}
 CASES: dict[str, Make] = {
     "offsets beyond the tokens": with_offsets([0, 2**31 - 1]),
     "offsets negative at the end": with_offsets([0, -5]),
@@ -234,17 +244,16 @@ CASES: dict[str, Make] = {
     "a null name": with_batch(
         {"tokens": pa.array([TOKENS], LIST_U16), "doc_id": pa.array([None], pa.string()), "source": X}
     ),
-    "a name that is not UTF-8": with_batch(
-        {
-            "tokens": pa.array([TOKENS], LIST_U16),
-            "doc_id": pa.Array.from_buffers(
-                pa.string(), 1, [None, pa.py_buffer(struct.pack("<ii", 0, 2)), pa.py_buffer(b"\xff\xfe")]
-            ),
-            "source": X,
-        }
+    "a null name, compressed": with_batch(
+        {"tokens": pa.array([TOKENS], LIST_U16), "doc_id": pa.array([None], pa.string()), "source": X},
+        codec="zstd",
     ),
+    "a name that is not UTF-8": with_batch(NOT_UTF8),
+    "a name that is not UTF-8, compressed": with_batch(NOT_UTF8, codec="zstd"),
     "a name beyond its buffer": with_name_of_length(2**30),
+    "a name beyond its buffer, compressed": with_name_of_length(2**30, "lz4"),
     "a name of negative length": with_name_of_length(-1),
+    "a name of negative length, compressed": with_name_of_length(-1, "lz4"),
     "a column missing": with_batch({"tokens": pa.array([TOKENS], LIST_U16)}),
     "dictionary-encoded names": with_batch(
         {"tokens": pa.array([TOKENS], LIST_U16), "doc_id": X.dictionary_encode(), "source": X}

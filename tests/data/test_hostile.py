@@ -16,7 +16,7 @@ from megalite.data.manifest import Manifest, TokenizerInfo
 from megalite.data.shards import CorruptBlockError, Dataset
 
 from . import hostile
-from .datasets import random_documents, write
+from .datasets import random_documents, verify, write
 
 
 @pytest.mark.slow
@@ -60,6 +60,17 @@ def test_the_reason_is_named(tmp_path):
         Dataset(tmp_path / "z").block(0)
 
 
+def test_compressed_names_are_checked_when_they_are_asked_for(tmp_path):
+    hostile.with_batch(hostile.NOT_UTF8, codec="zstd")(tmp_path / "d")
+    block = Dataset(tmp_path / "d").block(0)
+    assert block.tokens.tolist() == [1, 2, 3, 4]
+    for ask in (lambda: block.doc_ids, lambda: block.sources, block.encoded_sources):
+        with pytest.raises(CorruptBlockError, match="batch 0 is not what the manifest says: .*UTF8"):
+            ask()
+    with pytest.raises(CorruptBlockError, match="UTF8"):
+        verify(tmp_path / "d")
+
+
 @pytest.mark.parametrize("codec", [None, "zstd", "lz4"])
 def test_changed_bytes_with_a_matching_crc(codec):
     """What decoding is left with when a CRC vouches for the bytes: refuse, or give arrays that are right."""
@@ -76,13 +87,14 @@ def test_changed_bytes_with_a_matching_crc(codec):
             bad[rng.randrange(head if rng.random() < 0.7 else len(bad))] ^= 1 << rng.randrange(8)
         try:
             parts = decode(pa.py_buffer(bytes(bad)), schema, manifest, 2, 162, is_checked=False)
+            names = parts.names()
         except REFUSALS:
             refused += 1
             continue
         assert parts.tokens.size == parts.loss_mask.size == 162
         assert parts.tokens.max() < 257
         assert parts.offsets[0] == 0 < parts.offsets[1] < parts.offsets[2] == 162
-        assert len(parts.batch.to_pylist()) == 2
+        assert len(names.to_pylist()) == 2
     assert 700 < refused < 1500
 
 

@@ -49,7 +49,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         if fault == "flip":
             data[len(data) // 2] ^= 4
         self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) // (2 if fault == "understated" else 1)))
         self.end_headers()
         if fault == "silence":
             self.wfile.write(data[: len(data) // 3])
@@ -157,6 +157,17 @@ def test_a_network_that_stays_down(server):
     expected = {"shard_00001.arrow": 7, "shard_00002.arrow": 1, "shard_00003.arrow": 3}
     assert {name: server.requests[name] for name in expected} == expected
     server.server_close()
+
+
+def test_a_server_that_speaks_nonsense_is_quoted_in_brief(server):
+    """The client takes what follows a body longer than it says for the next answer, and quotes it all."""
+    dataset = Dataset(served(server))
+    server.faults["shard_00001.arrow"] = ["understated"] * 99
+    with pytest.raises(DataError, match=r"cannot read .*shard_00001\.arrow after 6 attempts: ") as caught:
+        dataset.block(7)
+    assert len(str(caught.value)) < 600
+    server.faults["shard_00001.arrow"] = ["understated"]
+    assert dataset.block(7).tokens.size == 2000
 
 
 def test_sources_of_a_mixture_share_a_small_cache(server, tmp_path):
