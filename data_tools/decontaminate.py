@@ -139,8 +139,15 @@ def check(settings: DecontaminateSettings) -> None:
 def read_items(file: EvaluationFile) -> list[Item]:
     """The texts of an evaluation file.
 
-    Raises:  DataError naming the file and the line if it cannot be read, or a field is missing or no text
+    Raises:  DataError naming the file and the line if it cannot be read, holds nothing, or a field is missing
+    or no text
     """
+    if not (items := _read_items(file)):
+        raise DataError(f"the evaluation file {file.path} has no text; name another, or leave it out")
+    return items
+
+
+def _read_items(file: EvaluationFile) -> list[Item]:
     path = Path(file.path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -178,7 +185,7 @@ def _item_text(where: str, line: str, fields: tuple[str, ...]) -> str:
 
 def _write_index(settings: DecontaminateSettings, items: list[str], path: Path) -> dict[str, Any]:
     """Rows of (hash, hash, item) of every n-gram, to a bucket for each length."""
-    encoded = [item.encode() for item in items]
+    encoded = [item.encode("utf-8", "replace") for item in items]  # JSON can spell half a surrogate pair
     ends = np.cumsum([len(item) for item in encoded], dtype=np.int64)
     data = np.frombuffer(b"".join(encoded) + b" ", dtype=np.uint8)
     words = split_words(data, np.concatenate([[0], ends[:-1]]), ends)

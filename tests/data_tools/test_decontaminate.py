@@ -133,6 +133,9 @@ def test_a_part_is_cut_out_and_the_rest_stays(tmp_path: Path) -> None:
         ("a.jsonl", b"{}\n", [], r"a\.jsonl needs fields"),
         ("a.txt", b"x", ["q"], r"a\.txt is read as text and has no fields"),
         ("a.txt", b"\xff", [], r"cannot read the evaluation file .*a\.txt"),
+        ("a.txt", b"", [], r"the evaluation file .*a\.txt has no text"),
+        ("a.txt", b" \n\n\t\n", [], r"the evaluation file .*a\.txt has no text"),
+        ("a.jsonl", b"\n", ["q"], r"the evaluation file .*a\.jsonl has no text"),
     ],
 )
 def test_bad_evaluation_files_are_named(
@@ -141,6 +144,11 @@ def test_bad_evaluation_files_are_named(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_items(EvaluationFile(path=str(tmp_path / name), fields=fields))
+
+
+def test_half_a_surrogate_pair_divides_words(tmp_path: Path) -> None:
+    clean([[" ".join(ITEM)], ["other"]], [" \ud800 ".join(ITEM)], tmp_path)
+    assert texts_of(tmp_path / "out") == ["other"]
 
 
 def test_items_of_files(tmp_path: Path) -> None:
