@@ -154,6 +154,8 @@ def _folder_name(name: str) -> str:
     safe = quote(name, safe=" ")
     if not safe.strip(". ") or safe.startswith("."):
         safe = safe.replace(".", "%2E") or "%00"
+    if safe.endswith(".tmp"):  # what kills leave is named so, and removed
+        safe = f"{safe[:-4]}%2Etmp"
     if len(safe) > MAX_GROUP_BYTES:
         raise DataError(
             f"source {name[:60]!r} … makes a folder's name of {len(safe)} bytes; at most {MAX_GROUP_BYTES}"
