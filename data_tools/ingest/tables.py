@@ -35,6 +35,12 @@ def check_table(path: Path, source: SourceSettings) -> None:
             raise DataError(
                 f"source {source.name!r}: {path} has no column {key!r}; it has {', '.join(map(repr, names))}"
             )
+    wanted = [name for name in names if name in _columns(schema, source)]
+    if twice := sorted({name for name in wanted if wanted.count(name) > 1}):
+        raise DataError(
+            f"source {source.name!r}: {path} has two columns {twice[0]!r}; rename one, or leave it out of "
+            "meta_fields"
+        )
     kind = schema.field(source.text_field).type
     if not _is_text(kind):
         raise DataError(
