@@ -35,6 +35,7 @@ SUFFIXES = {
     "html": (".html", ".htm", ".xhtml"),
     "warc": (".warc", ".wet"),
 }
+WRITTEN = (".parquet", ".arrow", ".json", ".jsonl", ".html", ".toml", "")  # how what steps write is named
 ARCHIVES = (".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".lz4", ".br")
 
 
@@ -114,6 +115,24 @@ def check(source: SourceSettings, listing: Listing) -> None:
     kinds = {piece.kind for piece in listing.pieces if ".wet" not in piece.name.lower()}
     if kinds & {"html", "warc"}:
         check_extractor(source)
+
+
+def check_apart(sources: Sequence[SourceSettings], out: Path) -> None:
+    """Raises:  DataError if a source holds the folder that is written to: it would be read the next time"""
+    written = out.resolve()
+    for source in sources:
+        root = Path(source.path).resolve()
+        if source.path == STDLIB or source.path.startswith(PREFIX) or root not in (written, *written.parents):
+            continue
+        inside = written.relative_to(root)
+        names = [(inside / f"a{suffix}").as_posix() for suffix in WRITTEN]
+        is_hidden = any(part.startswith(".") for part in inside.parts)
+        if not is_hidden and any(_is_wanted(name, source) for name in names):
+            hint = f", or exclude = ['{inside.as_posix()}/*']" if inside.parts else ""
+            raise DataError(
+                f"source {source.name!r}: {source.path} holds {out}, so that what is written would be read "
+                f"the next time; write elsewhere{hint}"
+            )
 
 
 def divide(pieces: Sequence[Piece]) -> list[list[Piece]]:
