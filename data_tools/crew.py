@@ -8,10 +8,13 @@ where a phase needs all of the last one. Results do not depend on the number of 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
 import resource
+import socket
 import sys
 import threading
 import time
@@ -22,12 +25,12 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self
 
 from data_tools.progress import progress
 from megalite.data.folder import disk_errors
 from megalite.data.staging import write_text
-from megalite.errors import DataError
+from megalite.errors import BusyError, DataError
 
 PRESENCE_EVERY_S = 2.0
 SILENT_S = 300.0  # a rank that was seen in this run and then not for so long is gone
@@ -91,6 +94,8 @@ class Crew:
 
     `root` is the folder all of the work lies in, the same for every rank. With `workers=1` tasks run in
     this process. Use as a context manager; workers start when first needed.
+
+    Raises:  BusyError when work starts, if another process works below `root` as the same rank
     """
 
     def __init__(self, root: Path, workers: int | None = None, place: Place | None = None) -> None:
@@ -98,10 +103,13 @@ class Crew:
         self.place = place if place is not None else Place()
         self.used = Usage()
         self._presence = _Presence(root / "ranks", self.place)
+        self._lock: IO[str] | None = None
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Self:
-        self._presence.begin()
+        if self.place.world > 1:
+            self.hold()  # before the others of a run at work are told of this one
+            self._presence.begin()
         return self
 
     def __exit__(
@@ -110,12 +118,24 @@ class Crew:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
-        self._presence.end(error)
+        if self.place.world > 1:
+            self._presence.end(error)
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     @property
     def is_first(self) -> bool:
         """Whether this rank does what is to be done once."""
         return self.place.rank == 0
+
+    def hold(self) -> None:
+        """Keep others from working here as this rank, to the end; done by itself before the first task.
+
+        Raises:  BusyError if one does; two at once would mix what they write
+        """
+        if self._lock is None:
+            self._lock = self._presence.lock()
 
     def run(self, folder: Path, tasks: Sequence[Task], title: str) -> list[dict[str, Any]]:
         """Do this rank's share of the tasks, wait for the others', return all results in task order.
@@ -132,6 +152,8 @@ class Crew:
         of_bytes = any(task.bytes for task in mine)
         sizes = {task.name: task.bytes if of_bytes else 1 for task in mine}
         total = sum(sizes.values())
+        if todo:
+            self.hold()
         with progress(title, of_bytes=of_bytes) as update:
             done = total - sum(sizes[task.name] for task in todo)
             for task, outcome in self._perform(folder, todo):
@@ -270,7 +292,7 @@ def _start_worker() -> None:
 
 
 class _Presence:
-    """Shows the other ranks that this one lives, or of what it failed; and looks at theirs.
+    """Shows the other ranks that this one lives, or of what it failed, and looks at theirs; and its lock.
 
     Ages are differences between file times of one file system, so clocks of machines do not matter.
     """
@@ -284,21 +306,44 @@ class _Presence:
 
     def begin(self) -> None:
         """Be seen from now on. What an earlier run left of this rank is cleared."""
-        if self._place.world > 1:
-            with disk_errors(self._folder):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                self._path(self._place.rank, "failed").unlink(missing_ok=True)
-            self._began = self._touch()
-            self._thread.start()
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._path(self._place.rank, "failed").unlink(missing_ok=True)
+        self._began = self._touch()
+        self._thread.start()
+
+    def lock(self) -> IO[str]:
+        """The file that one process at a time holds, where the file system knows locks.
+
+        Raises:  BusyError naming who holds it
+        """
+        path = self._folder / f"{self._place.rank:05d}.lock"
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+", encoding="utf-8", errors="replace")
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    file.seek(0)
+                    holder = file.read(300).strip() or "another process"
+                    file.close()
+                    raise BusyError(
+                        f"{self._folder.parent} is in use by {holder}; wait until it has ended, or write "
+                        "elsewhere"
+                    ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        return file
 
     def end(self, error: BaseException | None) -> None:
         """Stop; after an error the others, who wait for what will not come, are told."""
-        if self._place.world > 1:
-            self._stop.set()
-            self._thread.join()
-            if error is not None:
-                told = {"error": str(error) or type(error).__name__}
-                write_json(self._path(self._place.rank, "failed"), told)
+        self._stop.set()
+        self._thread.join()
+        if error is not None:
+            told = {"error": str(error) or type(error).__name__}
+            write_json(self._path(self._place.rank, "failed"), told)
 
     def check(self, ranks: Sequence[int]) -> None:
         """Raises:  DataError if one of these has failed, or was seen in this run and is silent since"""

@@ -15,7 +15,7 @@ import pytest
 from data_tools import crew as crew_module
 from data_tools import progress as progress_module
 from data_tools.crew import Crew, Place, Task, place_from_environment, read_marker
-from megalite.errors import DataError
+from megalite.errors import BusyError, DataError
 
 
 def note(folder: Path, name: str) -> dict[str, Any]:
@@ -111,6 +111,36 @@ def test_the_other_ranks_hear_of_a_failure_and_a_new_start_forgets_it(tmp_path: 
     first, second = run_ranks(tmp_path, 2)
     assert first == second
     assert len(first) == 5
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_two_processes_do_not_work_in_one_place(tmp_path: Path, world: int) -> None:
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        try:
+            with Crew(tmp_path, 1, Place(0, world)) as crew:
+                crew.hold()
+                os.write(writing, b"x")
+                time.sleep(60)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    assert os.read(reading, 1) == b"x"
+    os.close(reading)
+    before = {path.name for path in (tmp_path / "ranks").iterdir()}
+    try:
+        for _ in range(2):
+            with (
+                pytest.raises(BusyError, match=rf"{tmp_path} is in use by process {child} on .*; wait until"),
+                Crew(tmp_path, 1, Place(0, world)) as crew,
+            ):
+                crew.run(tmp_path / "phase", tasks(tmp_path / "out"), "test")
+        assert done(tmp_path / "out" if world == 1 else tmp_path / "ranks").keys() <= before
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with Crew(tmp_path, 1, Place(0, 1)) as crew:  # the dead hold nothing
+        assert len(crew.run(tmp_path / "phase", tasks(tmp_path / "out"), "test")) == 5
 
 
 def test_a_rank_that_fell_silent_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
