@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.ingest.found import Reason, display_name
-from data_tools.ingest.html import check_extractor
+from data_tools.ingest.html import check_extractor, extractor_version
 from data_tools.ingest.hub import PREFIX, hub_files
 from data_tools.ingest.settings import SourceSettings
 from data_tools.ingest.stdlib import STDLIB, TOPICS, stdlib_files
@@ -61,12 +61,20 @@ class Listing:
     passed_over: Counter[str] = field(default_factory=Counter)
 
     def fingerprint(self, source: SourceSettings) -> str:
-        """What changes when a file does, comes or goes; free of machine paths."""
+        """What changes when a file does, comes or goes, or what reads pages; free of machine paths."""
         digest = hashlib.sha256()
         for piece in self.pieces:
             digest.update(f"{piece.name}\0{piece.size}\0{piece.mtime_ns}\0{piece.reason}\n".encode())
         size = sum(piece.size for piece in self.pieces)
-        return f"{source.name}: {len(self.pieces)} files, {size} bytes, sha256 {digest.hexdigest()[:32]}"
+        made_with = f", {extractor_version(source)}" if self.has_pages else ""
+        told = f"{len(self.pieces)} files, {size} bytes, sha256 {digest.hexdigest()[:32]}"
+        return f"{source.name}: {told}{made_with}"
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether there may be web pages among the files."""
+        kinds = {piece.kind for piece in self.pieces if ".wet" not in piece.name.lower()}
+        return not kinds.isdisjoint(("html", "warc"))
 
 
 def list_source(source: SourceSettings) -> Listing:
@@ -112,8 +120,7 @@ def check(source: SourceSettings, listing: Listing) -> None:
     for piece in listing.pieces:
         if piece.kind == "table":
             check_table(piece.path, source)
-    kinds = {piece.kind for piece in listing.pieces if ".wet" not in piece.name.lower()}
-    if kinds & {"html", "warc"}:
+    if listing.has_pages:
         check_extractor(source)
 
 
