@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -371,7 +372,8 @@ class _Presence:
 
     def _beat(self) -> None:
         while not self._stop.wait(PRESENCE_EVERY_S):
-            self._touch()
+            with suppress(DataError):  # a disk that is full for a while; the work itself tells if it stays so
+                self._touch()
 
 
 def _tell(told: float, line: str) -> float:

@@ -154,6 +154,21 @@ def test_a_rank_that_fell_silent_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert read_marker(tmp_path / "phase", "t4") is not None
 
 
+def test_a_rank_is_seen_again_after_the_disk_was_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew_module, "PRESENCE_EVERY_S", 0.01)
+    with Crew(tmp_path, 1, Place(0, 2)):
+        (tmp_path / "ranks").rename(tmp_path / "gone")
+        time.sleep(0.1)
+        (tmp_path / "gone/00000-alive.json").unlink()
+        (tmp_path / "gone").rename(tmp_path / "ranks")
+        until = time.monotonic() + 10
+        while not (tmp_path / "ranks/00000-alive.json").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert (tmp_path / "ranks/00000-alive.json").exists()
+
+
 def test_waiting_names_who_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
