@@ -249,4 +249,8 @@ def test_one_step_at_a_time_is_the_recipe(
     ):
         assert main(["data", *wrong]) == 2
         assert message in capsys.readouterr().err
+    for size in ("nan", "inf", "0", "-1"):
+        with pytest.raises(SystemExit):
+            main(["data", "tokenize", "--text", "text", "--to", "x", "--max-mib", size])
+        assert "is not a size above 0" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
