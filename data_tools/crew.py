@@ -86,8 +86,20 @@ def place_from_environment(environ: Mapping[str, str] = os.environ) -> Place:
                     f"{rank_key}={environ[rank_key]!r} with {world_key}={environ[world_key]!r}: expected "
                     "whole numbers, the first from 0 to one less than the second"
                 )
+            if first_key:
+                _check_array(environ, first_key, world)
             return Place(rank, world)
     return Place()
+
+
+def _check_array(environ: Mapping[str, str], first_key: str, world: int) -> None:
+    """Raises:  DataError if an array has gaps, whose ranks the others would wait for"""
+    first, last = (environ.get(key, "") for key in (first_key, "SLURM_ARRAY_TASK_MAX"))
+    if first.isdecimal() and last.isdecimal() and int(last) - int(first) + 1 != world:
+        raise DataError(
+            f"a Slurm array of {world} tasks from {first} to {last} has gaps; give all ranks, such as "
+            f"--array=0-{world - 1}"
+        )
 
 
 class Crew:

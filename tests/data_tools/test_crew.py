@@ -234,5 +234,10 @@ def test_progress_is_of_bytes_or_of_tasks_without_any(
 
 @pytest.mark.parametrize("rank", ["4", "-1", "x"])
 def test_an_impossible_place_is_refused(rank: str) -> None:
+    array = {"MIN": "3", "MAX": "7", "COUNT": "2"}
+    gaps = {f"SLURM_ARRAY_TASK_{key}": value for key, value in array.items()} | {"SLURM_ARRAY_TASK_ID": "3"}
+    with pytest.raises(DataError, match=r"array of 2 tasks from 3 to 7 has gaps; .* --array=0-1"):
+        place_from_environment(gaps)
+    assert place_from_environment(gaps | {"SLURM_ARRAY_TASK_MAX": "4"}) == Place(0, 2)
     with pytest.raises(DataError, match=f"RANK='{rank}' with WORLD_SIZE='4'"):
         place_from_environment({"RANK": rank, "WORLD_SIZE": "4"})
