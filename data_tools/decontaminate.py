@@ -71,7 +71,7 @@ class DecontaminateSettings(Section):
         "drop", description="drop contaminated documents, or cut the hits out of them"
     )
     min_words_left: int = Field(
-        50, ge=0, description='with "cut", documents of which fewer words are left are dropped'
+        50, ge=1, description='with "cut", documents of which fewer words are left are dropped'
     )
 
     @model_validator(mode="after")

@@ -147,6 +147,7 @@ def write_recipe(path: Path, more: str) -> Path:
         ),
         ("[tokenize]\n[search.target]\nwep = 1", r"search\.target names 'wep'.*web"),
         ("[tokenize]\n[mix.curriculum]", r"mix\.curriculum orders buckets; add a \[buckets\] table"),
+        ("[spans]\nmin_words = 0", r"spans\.min_words=0: should be greater than or equal to 1"),
         ("[tokenize]\neos_token = '</s>'", r"eos_token='</s>' is of a tokenizer's file"),
         ("[mix]", r"mix: there is nothing to mix without shards; add a \[tokenize\] table"),
     ],
