@@ -9,7 +9,7 @@ statistics  Gopher's, C4's and FineWeb's, with the lines and citations that C4 t
 pii         last, so that what the others measure does not depend on what is masked
 
 An operation adds columns and may edit text, and never drops a document: the filter step does, by those
-columns. What has no text left is dropped here nonetheless, for it has nothing to be measured.
+columns. What has no text is dropped here nonetheless: before it is measured, and after C4's edits.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from data_tools.step import Step, read_report, step_parts
 from megalite.config.section import Section
 
 KIND = "clean"
-VERSION = 1
+VERSION = 2
+EMPTY, EMPTIED = "empty", "every line removed"
 
 # What changes a batch: adds columns, edits text, counts into the flow. Built once a process.
 Operation = Callable[[pa.RecordBatch, Flow], pa.RecordBatch]
@@ -122,11 +123,14 @@ def _clean(settings: CleanSettings, path: Path, flow: Flow) -> Iterator[pa.Recor
     normalise = operations.pop("normalise", None)
     for batch in read_part(path):
         out = normalise(batch, flow) if normalise else batch
-        is_empty = _is_empty(out)
-        out = out.filter(pa.array(~is_empty))
+        verdicts = np.where(_is_empty(out), 0, KEPT)
+        out = out.filter(pa.array(verdicts == KEPT))
         for operation in operations.values():
             out = operation(out, flow)
-        flow.pass_batch(batch, np.where(is_empty, 0, KEPT), ["empty"], out)
+        is_emptied = _is_empty(out)
+        verdicts[np.flatnonzero(verdicts == KEPT)[is_emptied]] = 1
+        out = out.filter(pa.array(~is_emptied))
+        flow.pass_batch(batch, verdicts, [EMPTY, EMPTIED], out)
         flow.tally_lengths(out)
         yield out
 

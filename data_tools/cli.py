@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def _add_tokenize(commands: Any) -> None:
     )
     text.add_argument("--vocab-size", type=_positive, metavar="N", help="of bpe (default 4096)")
     text.add_argument("--valid-fraction", type=float, metavar="F", help="documents held out (default 0.02)")
-    text.add_argument("--max-mib", type=float, metavar="N", help="read at most about N MiB of text")
+    text.add_argument("--max-mib", type=_size, metavar="N", help="read at most about N MiB of text")
     text.add_argument(
         "--compression",
         choices=["lz4", "zstd", "zstd-shard"],
@@ -122,6 +123,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def _size(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value:g} is not a size above 0")
     return value
 
 

@@ -176,18 +176,23 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _ingest(args: argparse.Namespace) -> int:
-    from data_tools.ingest import IngestSettings, SourceSettings
+    from data_tools.ingest import IngestSettings
+    from data_tools.ingest.plan import check_apart
+    from data_tools.ingest.settings import source_at
     from megalite.errors import DataError
 
     if bool(args.paths) == (args.recipe is not None):
         raise DataError("give either paths to read, or --recipe")
     if args.recipe is not None:
-        return _run(args, _recipe(args).ingest)
+        settings = _recipe(args).ingest
+        check_apart(settings.sources, args.to)
+        return _run(args, settings)
     names = [Path(path).resolve().name.split(".")[0] or path for path in args.paths]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"two paths would be sources named {twice[0]!r}; name them in a recipe's [ingest]")
-    sources = (SourceSettings(name=name, path=path) for name, path in zip(names, args.paths, strict=True))
-    return _run(args, IngestSettings(sources=tuple(sources)))
+    sources = tuple(source_at(path, name) for name, path in zip(names, args.paths, strict=True))
+    check_apart(sources, args.to)
+    return _run(args, IngestSettings(sources=sources))
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

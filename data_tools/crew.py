@@ -8,22 +8,26 @@ where a phase needs all of the last one. Results do not depend on the number of 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import resource
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
 
 from data_tools.progress import progress
 from megalite.data.folder import disk_errors
 from megalite.data.staging import write_text
-from megalite.errors import DataError
+from megalite.errors import BusyError, DataError
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ProcessPoolExecutor
@@ -81,8 +85,20 @@ def place_from_environment(environ: Mapping[str, str] = os.environ) -> Place:
                     f"{rank_key}={environ[rank_key]!r} with {world_key}={environ[world_key]!r}: expected "
                     "whole numbers, the first from 0 to one less than the second"
                 )
+            if first_key:
+                _check_array(environ, first_key, world)
             return Place(rank, world)
     return Place()
+
+
+def _check_array(environ: Mapping[str, str], first_key: str, world: int) -> None:
+    """Raises:  DataError if an array has gaps, whose ranks the others would wait for"""
+    first, last = (environ.get(key, "") for key in (first_key, "SLURM_ARRAY_TASK_MAX"))
+    if first.isdecimal() and last.isdecimal() and int(last) - int(first) + 1 != world:
+        raise DataError(
+            f"a Slurm array of {world} tasks from {first} to {last} has gaps; give all ranks, such as "
+            f"--array=0-{world - 1}"
+        )
 
 
 class Crew:
@@ -90,6 +106,8 @@ class Crew:
 
     `root` is the folder all of the work lies in, the same for every rank. With `workers=1` tasks run in
     this process. Use as a context manager; workers start when first needed.
+
+    Raises:  BusyError when work starts, if another process works below `root` as the same rank
     """
 
     def __init__(self, root: Path, workers: int | None = None, place: Place | None = None) -> None:
@@ -97,10 +115,13 @@ class Crew:
         self.place = place if place is not None else Place()
         self.used = Usage()
         self._presence = _Presence(root / "ranks", self.place)
+        self._lock: IO[str] | None = None
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Self:
-        self._presence.begin()
+        if self.place.world > 1:
+            self.hold()  # before the others of a run at work are told of this one
+            self._presence.begin()
         return self
 
     def __exit__(
@@ -109,12 +130,24 @@ class Crew:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
-        self._presence.end(error)
+        if self.place.world > 1:
+            self._presence.end(error)
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     @property
     def is_first(self) -> bool:
         """Whether this rank does what is to be done once."""
         return self.place.rank == 0
+
+    def hold(self) -> None:
+        """Keep others from working here as this rank, to the end; done by itself before the first task.
+
+        Raises:  BusyError if one does; two at once would mix what they write
+        """
+        if self._lock is None:
+            self._lock = self._presence.lock()
 
     def run(self, folder: Path, tasks: Sequence[Task], title: str) -> list[dict[str, Any]]:
         """Do this rank's share of the tasks, wait for the others', return all results in task order.
@@ -131,6 +164,8 @@ class Crew:
         of_bytes = any(task.bytes for task in mine)
         sizes = {task.name: task.bytes if of_bytes else 1 for task in mine}
         total = sum(sizes.values())
+        if todo:
+            self.hold()
         with progress(title, of_bytes=of_bytes) as update:
             done = total - sum(sizes[task.name] for task in todo)
             for task, outcome in self._perform(folder, todo):
@@ -279,7 +314,7 @@ def _start_worker() -> None:
 
 
 class _Presence:
-    """Shows the other ranks that this one lives, or of what it failed; and looks at theirs.
+    """Shows the other ranks that this one lives, or of what it failed, and looks at theirs; and its lock.
 
     Ages are differences between file times of one file system, so clocks of machines do not matter.
     """
@@ -293,21 +328,44 @@ class _Presence:
 
     def begin(self) -> None:
         """Be seen from now on. What an earlier run left of this rank is cleared."""
-        if self._place.world > 1:
-            with disk_errors(self._folder):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                self._path(self._place.rank, "failed").unlink(missing_ok=True)
-            self._began = self._touch()
-            self._thread.start()
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._path(self._place.rank, "failed").unlink(missing_ok=True)
+        self._began = self._touch()
+        self._thread.start()
+
+    def lock(self) -> IO[str]:
+        """The file that one process at a time holds, where the file system knows locks.
+
+        Raises:  BusyError naming who holds it
+        """
+        path = self._folder / f"{self._place.rank:05d}.lock"
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+", encoding="utf-8", errors="replace")
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    file.seek(0)
+                    holder = file.read(300).strip() or "another process"
+                    file.close()
+                    raise BusyError(
+                        f"{self._folder.parent} is in use by {holder}; wait until it has ended, or write "
+                        "elsewhere"
+                    ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        return file
 
     def end(self, error: BaseException | None) -> None:
         """Stop; after an error the others, who wait for what will not come, are told."""
-        if self._place.world > 1:
-            self._stop.set()
-            self._thread.join()
-            if error is not None:
-                told = {"error": str(error) or type(error).__name__}
-                write_json(self._path(self._place.rank, "failed"), told)
+        self._stop.set()
+        self._thread.join()
+        if error is not None:
+            told = {"error": str(error) or type(error).__name__}
+            write_json(self._path(self._place.rank, "failed"), told)
 
     def check(self, ranks: Sequence[int]) -> None:
         """Raises:  DataError if one of these has failed, or was seen in this run and is silent since"""
@@ -335,7 +393,8 @@ class _Presence:
 
     def _beat(self) -> None:
         while not self._stop.wait(PRESENCE_EVERY_S):
-            self._touch()
+            with suppress(DataError):  # a disk that is full for a while; the work itself tells if it stays so
+                self._touch()
 
 
 def _tell(told: float, line: str) -> float:

@@ -71,7 +71,7 @@ class DecontaminateSettings(Section):
         "drop", description="drop contaminated documents, or cut the hits out of them"
     )
     min_words_left: int = Field(
-        50, ge=0, description='with "cut", documents of which fewer words are left are dropped'
+        50, ge=1, description='with "cut", documents of which fewer words are left are dropped'
     )
 
     @model_validator(mode="after")
@@ -94,13 +94,15 @@ class Item(NamedTuple):
 class Table(NamedTuple):
     """Evaluation n-grams of one length, sorted, and a filter of bits that nearly all others fail.
 
-    Shapes:  grams uint64 [n-grams, 3]: two hashes and the item's number; bits uint8 [2^(64 - shift) / 8]
+    Shapes:  grams uint64 [n-grams, 3]: two hashes and the item's number; bits uint8 [2^(64 - shift) / 8];
+             ends int64 [n-grams]: where the n-grams equal to each end
     """
 
     size: int
     grams: NDArray[np.uint64]
     bits: NDArray[np.uint8]
     shift: np.uint64
+    ends: NDArray[np.int64]
 
 
 def run(settings: DecontaminateSettings, source: Path, out: Path, crew: Crew, renew: bool = False) -> Flow:
@@ -139,8 +141,15 @@ def check(settings: DecontaminateSettings) -> None:
 def read_items(file: EvaluationFile) -> list[Item]:
     """The texts of an evaluation file.
 
-    Raises:  DataError naming the file and the line if it cannot be read, or a field is missing or no text
+    Raises:  DataError naming the file and the line if it cannot be read, holds nothing, or a field is missing
+    or no text
     """
+    if not (items := _read_items(file)):
+        raise DataError(f"the evaluation file {file.path} has no text; name another, or leave it out")
+    return items
+
+
+def _read_items(file: EvaluationFile) -> list[Item]:
     path = Path(file.path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -178,7 +187,7 @@ def _item_text(where: str, line: str, fields: tuple[str, ...]) -> str:
 
 def _write_index(settings: DecontaminateSettings, items: list[str], path: Path) -> dict[str, Any]:
     """Rows of (hash, hash, item) of every n-gram, to a bucket for each length."""
-    encoded = [item.encode() for item in items]
+    encoded = [item.encode("utf-8", "replace") for item in items]  # JSON can spell half a surrogate pair
     ends = np.cumsum([len(item) for item in encoded], dtype=np.int64)
     data = np.frombuffer(b"".join(encoded) + b" ", dtype=np.uint8)
     words = split_words(data, np.concatenate([[0], ends[:-1]]), ends)
@@ -205,7 +214,10 @@ def _load_tables(settings: DecontaminateSettings, path: Path) -> list[Table]:
             flags = np.zeros(1 << width, dtype=np.bool_)
             flags[grams[:, 0] >> np.uint64(64 - width)] = True
             bits = np.packbits(flags, bitorder="little")
-            tables.append(Table(size, grams, bits, np.uint64(64 - width)))
+            is_last = np.append((grams[1:, :2] != grams[:-1, :2]).any(axis=1), True)
+            last = np.flatnonzero(is_last)
+            ends = 1 + last[np.cumsum(is_last) - is_last]
+            tables.append(Table(size, grams, bits, np.uint64(64 - width), ends))
     return tables
 
 
@@ -218,7 +230,9 @@ def _clean_part(
         text = texts(batch.column("text"))
         words = split_rows(text, np.arange(batch.num_rows))
         is_hit, pairs = find_hits(words, tables)
-        flow.tally(HITS, map(str, pairs[:, 1].tolist()))
+        counts = flow.histograms.setdefault(HITS, {})
+        for item, number in zip(*np.unique(pairs[:, 1], return_counts=True), strict=True):
+            counts[str(item)] = counts.get(str(item), 0) + int(number)
         hit = np.concatenate([[0], np.cumsum(is_hit)])[words.bounds]
         hit, total = np.diff(hit), np.diff(words.bounds)
         is_bad = hit > settings.max_overlap * total
@@ -236,7 +250,7 @@ def _clean_part(
             flow.count("documents cut", int((is_bad & (verdicts == KEPT)).sum()))
         flow.count("documents with hits that were let pass", int(((hit > 0) & ~is_bad).sum()))
         why = [""] * batch.num_rows
-        for row, item in pairs[::-1].tolist():
+        for row, item in pairs[np.unique(pairs[:, 0], return_index=True)[1]].tolist():
             why[row] = f"{hit[row]} of {total[row]} words, first of {names[item]}"
         out = changed.filter(pa.array(verdicts == KEPT)) if (verdicts != KEPT).any() else changed
         flow.pass_batch(batch, verdicts, [CONTAMINATED, SHORT], out, why)
@@ -246,21 +260,20 @@ def _clean_part(
 def find_hits(words: Words, tables: list[Table]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Which words lie within hits, bool [words]; and who hit which row, int64 [pairs, 2] of row and item."""
     is_hit = np.zeros(len(words.hashes), dtype=np.bool_)
-    pairs = []
+    items: dict[int, list[NDArray[np.uint64]]] = {}  # by row, for what many items begin with hits for each
     for table in tables:
         hashes, bounds = windows(words.hashes, words.bounds, table.size)
         found = np.empty((len(hashes), 3), dtype=np.int64)
-        gram = table.grams
-        found = found[
-            : _find(words.hashes, words.bounds, hashes, bounds, *table[1:], table.size, BASES[1], found)
-        ]
+        known = table.grams, table.bits, table.shift, table.size
+        found = found[: _find(words.hashes, words.bounds, hashes, bounds, *known, BASES[1], found)]
         is_hit |= covered(len(is_hit), found[:, 1], found[:, 1] + table.size)
         for row, first in np.unique(found[:, [0, 2]], axis=0).tolist():
-            last = first
-            while last < len(gram) and (gram[last, :2] == gram[first, :2]).all():
-                pairs.append((row, int(gram[last, 2])))
-                last += 1
-    return is_hit, np.array(sorted(set(pairs)), dtype=np.int64).reshape(-1, 2)
+            items.setdefault(row, []).append(table.grams[first : table.ends[first], 2])
+    pairs = [np.zeros((0, 2), dtype=np.int64)]
+    for row in sorted(items):
+        each = np.unique(np.concatenate(items[row])).astype(np.int64)
+        pairs.append(np.stack([np.full_like(each, row), each], axis=1))
+    return is_hit, np.concatenate(pairs)
 
 
 def _tell(items: dict[str, list[Item]], hits: dict[str, int], too_short: set[int]) -> dict[str, Any]:

@@ -107,9 +107,8 @@ def survey(path: Path, fraction: float) -> dict[str, Any]:
         for group, source, doc_id in rows:
             family = family_of(doc_id)
             where = (place(source, family), family)
-            mine = found.setdefault(
-                group, {"documents": 0, "held": 0, "nearest": list(where), "farthest": list(where)}
-            )
+            empty = {"source": source, "documents": 0, "held": 0}
+            mine = found.setdefault(group, {**empty, "nearest": list(where), "farthest": list(where)})
             mine["documents"] += 1
             mine["held"] += where[0] < fraction
             mine["nearest"] = min(mine["nearest"], list(where))
@@ -119,6 +118,8 @@ def survey(path: Path, fraction: float) -> dict[str, Any]:
 
 def exceptions(surveys: Iterable[dict[str, Any]]) -> dict[str, dict[str, bool]]:
     """By group and family, documents that are held out though far, or not though near.
+
+    Of one source they are the same in all buckets, but where one would be left with nothing on a side.
 
     Raises:  DataError if there are more groups than MAX_GROUPS, or no documents at all
     """
@@ -146,6 +147,13 @@ def exceptions(surveys: Iterable[dict[str, Any]]) -> dict[str, dict[str, bool]]:
             special[group] = {mine["farthest"][1]: False}
         elif mine["held"] == 0 and mine["nearest"] != mine["farthest"]:
             special[group] = {mine["nearest"][1]: True}
+    of_source: dict[str, dict[str, bool]] = {}
+    for group, mine in total.items():
+        of_source.setdefault(mine["source"], {}).update(special[group])
+    for group, mine in total.items():
+        for family, is_held in of_source[mine["source"]].items():
+            if family != mine["farthest" if is_held else "nearest"][1]:
+                special[group].setdefault(family, is_held)
     return special
 
 
@@ -154,6 +162,8 @@ def _folder_name(name: str) -> str:
     safe = quote(name, safe=" ")
     if not safe.strip(". ") or safe.startswith("."):
         safe = safe.replace(".", "%2E") or "%00"
+    if safe.endswith(".tmp"):  # what kills leave is named so, and removed
+        safe = f"{safe[:-4]}%2Etmp"
     if len(safe) > MAX_GROUP_BYTES:
         raise DataError(
             f"source {name[:60]!r} … makes a folder's name of {len(safe)} bytes; at most {MAX_GROUP_BYTES}"

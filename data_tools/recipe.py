@@ -17,8 +17,10 @@ from data_tools.dedup.near import NearSettings
 from data_tools.dedup.spans import SpanSettings
 from data_tools.filter import FilterSettings, rules_of, stays
 from data_tools.ingest import IngestSettings
+from data_tools.ingest.plan import check_apart
 from data_tools.mix import buckets
 from data_tools.mix.buckets import BucketSettings
+from data_tools.mix.groups import check_names
 from data_tools.mix.mixture import MixSettings
 from data_tools.mix.search import SearchSettings
 from data_tools.tokenize_parts import TokenizeSettings
@@ -51,7 +53,9 @@ class Recipe(Section):
         if self.filter is not None and self.clean is None:
             raise ValueError("filter: nothing is measured to judge by; add a [clean] table")
         try:
+            check_apart(self.ingest.sources, Path(self.out))
             self._check_columns()
+            self._check_sources()
         except DataError as error:
             raise ValueError(str(error)) from None
         return self
@@ -67,6 +71,18 @@ class Recipe(Section):
             near.check(self.near, columns, where)
         if self.buckets is not None:
             buckets.check(self.buckets, columns, where)
+
+    def _check_sources(self) -> None:
+        """Raises:  DataError if a mixture names a source that is not read, or orders buckets without any"""
+        sources = [source.name for source in self.ingest.sources]
+        if self.mix is not None:
+            check_names(self.mix.weights, sources, "mix.weights")
+            check_names(self.mix.source_epochs, sources, "mix.source_epochs")
+            if self.mix.curriculum is not None and self.buckets is None:
+                raise DataError("mix.curriculum orders buckets; add a [buckets] table")
+        if self.search is not None:
+            check_names(self.search.target, sources, "search.target")
+            check_names(self.search.source_epochs, sources, "search.source_epochs")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -147,6 +147,7 @@ class Step:
             raise DataError(f"{self.folder} is in the way, no step made it; name another folder or remove it")
         for source in self._sources:
             step_parts(source)  # there is nothing to make it of if they are gone, so what is there stays
+        self.crew.hold()
         if found is not None:
             told = _difference(found, self._head)
             if not renew:

@@ -4,8 +4,8 @@ data/GROUP/train, data/GROUP/valid    GROUP is a document's source, or source.bu
 tokenizer/                            what it was done with
 pieces/                               what each task wrote, until it is joined
 
-A document is held out if the hash of its names lies below `valid_fraction`. A group of two or more holds out
-at least one and keeps at least one; a group of one document has no `valid`.
+A document is held out if the hash of its names lies below `valid_fraction`. A group of documents of two or
+more names holds out at least one and keeps at least one; a group of one name has no `valid`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_tools.crew import Crew, Task
 from data_tools.documents import read_part, text_bytes
@@ -32,7 +32,7 @@ from megalite.data.staging import commit_folder
 from megalite.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizers_package, train_bpe
 
 KIND = "tokenize"
-VERSION = 1
+VERSION = 2
 
 # A task is a piece of every dataset it touches: large ones make large shards, many make work for all.
 TASK_BYTES = 256 << 20
@@ -64,6 +64,15 @@ class TokenizeSettings(Section):
     compression: Literal["lz4", "zstd", "zstd-shard"] | None = Field(
         None, description="of record batches (lz4, zstd) or of whole files for slow networks (zstd-shard)"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("pattern", "eos_token"):
+            if self.tokenizer in ("byte", "bpe") and (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name}={value!r} is of a tokenizer's file, not of tokenizer={self.tokenizer!r}"
+                )
+        return self
 
 
 def run(settings: TokenizeSettings, source: Path, out: Path, crew: Crew, renew: bool = False) -> Flow:

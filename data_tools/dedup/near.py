@@ -285,7 +285,7 @@ def _ranks(settings: NearSettings, batch: pa.RecordBatch, rows: NDArray[np.int64
         return np.zeros(len(rows))
     if settings.best_column is None:
         return texts(batch.column("text")).sizes[rows].astype(np.float64)
-    column = batch.column(settings.best_column).cast(pa.float64()).fill_null(-np.inf)
+    column = batch.column(settings.best_column).cast(pa.float64(), safe=False).fill_null(-np.inf)
     values: NDArray[np.float64] = column.to_numpy(zero_copy_only=False)[rows]
     return np.where(np.isnan(values), -np.inf, values)
 

@@ -66,7 +66,7 @@ class SpanSettings(Section):
         "remove", description="cut spans out, or drop documents that are mostly such"
     )
     min_words: int = Field(
-        10, ge=0, description='with "remove", documents of which fewer words are left are dropped'
+        10, ge=1, description='with "remove", documents of which fewer words are left are dropped'
     )
     max_share: float = Field(
         0.5, ge=0, le=1, description='with "drop_document", the share of repeated words above which one is'

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from data_tools.ingest.found import Document, Reason, SetAside
 from data_tools.ingest.plan import Listing, Piece, check, list_source
 from data_tools.ingest.readers import read_piece
-from data_tools.ingest.settings import SourceSettings
+from data_tools.ingest.settings import SourceSettings, source_at
 from data_tools.ingest.stdlib import STDLIB
 from data_tools.ingest.unpack import STEP_BYTES
 from megalite.errors import DataError
@@ -99,8 +99,7 @@ class Corpus:
             if place != STDLIB and not place.startswith("hf:") and not Path(place).exists():
                 raise DataError(f"no text at {place}; give {ACCEPTED}")
         self._sources = [
-            SourceSettings(name=_name(place), path=place, max_document_bytes=MAX_DOCUMENT_BYTES)
-            for place in self.places
+            source_at(place, _name(place), max_document_bytes=MAX_DOCUMENT_BYTES) for place in self.places
         ]
         self._listings: list[Listing] = []
 

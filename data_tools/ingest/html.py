@@ -6,6 +6,7 @@ resiliparse's main-content heuristics by default, trafilatura by choice; both ar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,11 @@ def check_extractor(source: SourceSettings) -> None:
                 f"source {source.name!r} has html_extractor='trafilatura'; install it with: "
                 "pip install 'megalite[trafilatura]', or use 'resiliparse'"
             ) from None
+
+
+def extractor_version(source: SourceSettings) -> str:
+    """The chosen package with its version: another finds other text."""
+    return f"{source.html_extractor} {version(source.html_extractor)}"
 
 
 def read_html(path: Path, name: str, source: SourceSettings) -> Iterator[Found]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.ingest.found import Reason, display_name
-from data_tools.ingest.html import check_extractor
+from data_tools.ingest.html import check_extractor, extractor_version
 from data_tools.ingest.hub import PREFIX, hub_files
 from data_tools.ingest.settings import SourceSettings
 from data_tools.ingest.stdlib import STDLIB, TOPICS, stdlib_files
@@ -35,6 +35,7 @@ SUFFIXES = {
     "html": (".html", ".htm", ".xhtml"),
     "warc": (".warc", ".wet"),
 }
+WRITTEN = (".parquet", ".arrow", ".json", ".jsonl", ".html", ".toml", "")  # how what steps write is named
 ARCHIVES = (".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".lz4", ".br")
 
 
@@ -60,12 +61,20 @@ class Listing:
     passed_over: Counter[str] = field(default_factory=Counter)
 
     def fingerprint(self, source: SourceSettings) -> str:
-        """What changes when a file does, comes or goes; free of machine paths."""
+        """What changes when a file does, comes or goes, or what reads pages; free of machine paths."""
         digest = hashlib.sha256()
         for piece in self.pieces:
             digest.update(f"{piece.name}\0{piece.size}\0{piece.mtime_ns}\0{piece.reason}\n".encode())
         size = sum(piece.size for piece in self.pieces)
-        return f"{source.name}: {len(self.pieces)} files, {size} bytes, sha256 {digest.hexdigest()[:32]}"
+        made_with = f", {extractor_version(source)}" if self.has_pages else ""
+        told = f"{len(self.pieces)} files, {size} bytes, sha256 {digest.hexdigest()[:32]}"
+        return f"{source.name}: {told}{made_with}"
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether there may be web pages among the files."""
+        kinds = {piece.kind for piece in self.pieces if ".wet" not in piece.name.lower()}
+        return not kinds.isdisjoint(("html", "warc"))
 
 
 def list_source(source: SourceSettings) -> Listing:
@@ -111,9 +120,26 @@ def check(source: SourceSettings, listing: Listing) -> None:
     for piece in listing.pieces:
         if piece.kind == "table":
             check_table(piece.path, source)
-    kinds = {piece.kind for piece in listing.pieces if ".wet" not in piece.name.lower()}
-    if kinds & {"html", "warc"}:
+    if listing.has_pages:
         check_extractor(source)
+
+
+def check_apart(sources: Sequence[SourceSettings], out: Path) -> None:
+    """Raises:  DataError if a source holds the folder that is written to: it would be read the next time"""
+    written = out.resolve()
+    for source in sources:
+        root = Path(source.path).resolve()
+        if source.path == STDLIB or source.path.startswith(PREFIX) or root not in (written, *written.parents):
+            continue
+        inside = written.relative_to(root)
+        names = [(inside / f"a{suffix}").as_posix() for suffix in WRITTEN]
+        is_hidden = any(part.startswith(".") for part in inside.parts)
+        if not is_hidden and any(_is_wanted(name, source) for name in names):
+            hint = f", or exclude = ['{inside.as_posix()}/*']" if inside.parts else ""
+            raise DataError(
+                f"source {source.name!r}: {source.path} holds {out}, so that what is written would be read "
+                f"the next time; write elsewhere{hint}"
+            )
 
 
 def divide(pieces: Sequence[Piece]) -> list[list[Piece]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from megalite.config.section import Section
+from megalite.errors import DataError
 
 MAX_DOCUMENT_BYTES = 1 << 30  # with what else is in its batch, what 32-bit offsets can say
 
@@ -58,6 +59,19 @@ class SourceSettings(Section):
         if self.text_field == self.id_field:
             raise ValueError(f"text_field and id_field are both {self.text_field!r}; name two fields")
         return self
+
+
+def source_at(path: str, name: str, **settings: Any) -> SourceSettings:
+    """A source that a command line names.
+
+    Raises:  DataError if the path or the name cannot be one
+    """
+    try:
+        return SourceSettings(name=name, path=path, **settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"a source cannot have the {first['loc'][0]} {first['input']!r} ({first['msg']})"
+        raise DataError(f"{what}; name the place in a recipe's [ingest], or call it otherwise") from None
 
 
 class IngestSettings(Section):

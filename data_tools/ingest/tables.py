@@ -33,6 +33,12 @@ def check_table(path: Path, source: SourceSettings) -> None:
     for key in (source.text_field, *(source.meta_fields or ())):
         if key not in names:
             raise DataError(f"source {source.name!r}: {path} has no column {key!r}; {nearest(key, names)}")
+    wanted = [name for name in names if name in _columns(schema, source)]
+    if twice := sorted({name for name in wanted if wanted.count(name) > 1}):
+        raise DataError(
+            f"source {source.name!r}: {path} has two columns {twice[0]!r}; rename one, or leave it out of "
+            "meta_fields"
+        )
     kind = schema.field(source.text_field).type
     if not _is_text(kind):
         raise DataError(

@@ -1,6 +1,7 @@
 """What there is to mix: the datasets of a tokenization, one for each source or each bucket of one.
 
-data/<group>/train and data/<group>/valid lie in the step's folder; a group is `source` or `source.q3`.
+data/<group>/train and data/<group>/valid lie in the step's folder; a group is `source` or `source.q3`,
+written as in addresses where a folder's name cannot be so.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import unquote
 
 from data_tools.hold_out import DATA, TRAIN, VALID
 from megalite.data.folder import LocalFolder
@@ -21,7 +23,10 @@ _BUCKETED = re.compile(r"(.+)\.q(\d+)")
 
 @dataclass(frozen=True)
 class Group:
-    """One dataset: a source, or its bucket of that number. Without held-out documents `valid` is None."""
+    """One dataset: a source, or its bucket of that number. Without held-out documents `valid` is None.
+
+    `name` is its folder's, `source` what the recipe calls it.
+    """
 
     name: str
     source: str
@@ -80,7 +85,7 @@ def _read(folder: Path) -> Group:
     has_valid = (folder / VALID / MANIFEST_FILE).exists()
     return Group(
         name=folder.name,
-        source=match[1] if match else folder.name,
+        source=unquote(match[1] if match else folder.name),
         bucket=int(match[2]) if match else None,
         train=folder / TRAIN,
         valid=folder / VALID if has_valid else None,

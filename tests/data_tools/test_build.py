@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from data_tools.build import build
 from data_tools.recipe import Recipe, load_recipe
@@ -210,6 +211,14 @@ def test_a_step_by_itself_does_not_load_the_others(step: str, tmp_path: Path) ->
             r"buckets\.by: \[clean\] has no column of numbers 'gopher_words'",
         ),
         ('[buckets]\nby = "quality"', r"buckets\.by: a corpus without \[clean\] has no column"),
+        (
+            "[tokenize]\n[mix.weights]\nweb = 1\nbooks = 2",
+            r"mix\.weights names 'books', which is no source; there (is|are) web",
+        ),
+        ("[tokenize]\n[search.target]\nwep = 1", r"search\.target names 'wep'.*web"),
+        ("[tokenize]\n[mix.curriculum]", r"mix\.curriculum orders buckets; add a \[buckets\] table"),
+        ("[spans]\nmin_words = 0", r"spans\.min_words=0: should be greater than or equal to 1"),
+        ("[tokenize]\neos_token = '</s>'", r"eos_token='</s>' is of a tokenizer's file"),
         ("[mix]", r"mix: there is nothing to mix without shards; add a \[tokenize\] table"),
     ],
 )
@@ -249,6 +258,37 @@ def test_what_a_later_step_needs_is_missed_before_any_work(
     assert not (tmp_path / "out/ingest").exists()
 
 
+@pytest.mark.parametrize(
+    ("path", "more", "is_refused"),
+    [
+        (".", {}, True),
+        ("..", {}, True),
+        ("out", {}, True),
+        (".", {"format": "code"}, True),
+        (".", {"include": ["*.txt"]}, False),
+        (".", {"exclude": ["out/*"]}, False),
+        ("other", {}, False),
+        ("out-of-it", {}, False),
+    ],
+)
+def test_a_corpus_does_not_read_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, more: dict[str, Any], is_refused: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = {"out": "out", "ingest": {"sources": [{"name": "all", "path": path, **more}]}}
+    (tmp_path / "link").symlink_to(tmp_path)
+    for out in ("out", "link/out", str(tmp_path / "out")):
+        if is_refused:
+            with pytest.raises(
+                ValidationError, match=r"source 'all': .* holds .*out, so that what is written"
+            ):
+                Recipe.model_validate(values | {"out": out})
+        else:
+            Recipe.model_validate(values | {"out": out})
+    if path == ".":
+        Recipe.model_validate(values | {"out": ".work/out"})  # hidden folders are not read
+
+
 def test_a_recipe_is_printed_as_it_is_read(tmp_path: Path) -> None:
     found = load_recipe(ROOT / "configs/corpus.toml")
     (tmp_path / "again.toml").write_text(to_toml(found))
@@ -272,8 +312,16 @@ def test_one_step_at_a_time_is_the_recipe(
         (["dedup", "near", "a", "--to", "x", "threshold=abc"], "threshold='abc': should be"),
         (["dedup", "near", "a", "--to", "x", "--rank", "1"], "--rank and --world go together"),
         (["ingest", "gone.txt", "--to", "x"], "gone.txt"),
+        (["ingest", "text", "--to", "text/x"], "source 'text': text holds text/x, so that what is written"),
+        (["ingest", "n" * 201, "--to", "x"], "a source cannot have the name 'nnn"),
+        (["ingest", "", "--to", "x"], "a source cannot have the path ''"),
+        (["ingest", "caf\udce9", "--to", "x"], "a source cannot have the name 'caf\\udce9'"),
         (["tokenize", "--to", "x"], "give either the folder of a step, or text with --text"),
     ):
         assert main(["data", *wrong]) == 2
         assert message in capsys.readouterr().err
+    for size in ("nan", "inf", "0", "-1"):
+        with pytest.raises(SystemExit):
+            main(["data", "tokenize", "--text", "text", "--to", "x", "--max-mib", size])
+        assert "is not a size above 0" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

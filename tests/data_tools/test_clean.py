@@ -78,6 +78,18 @@ def test_each_operation_can_be_left_out(tmp_path: Path) -> None:
     assert set(rows[0]) == {"id", "source", "text", "meta", "pii_count"}
 
 
+def test_a_document_of_which_no_line_stays_is_dropped(tmp_path: Path) -> None:
+    parts = [[("a", "web", "Yes.\nNo.\n"), ("b", "web", "\n"), ("c", "web", "This line has words enough.")]]
+    source = write_step(tmp_path / "in", [*parts, [("d", "web", "Ok.")]])
+    settings = CleanSettings.model_validate({"language": False, "pii": False})
+    with crew(tmp_path) as work:
+        flow = run(settings, source, tmp_path / "out", work)
+    assert texts_of(tmp_path / "out") == ["This line has words enough."]
+    assert flow.dropped() == {"empty": 1, "every line removed": 2}
+    assert [example["id"] for example in flow.examples["every line removed"]] == ["a", "d"]
+    assert flow.totals() == (4, 1, 9 + 1 + 27 + 3, 27)
+
+
 def test_what_the_filter_judges_is_measured_before_masks_are_put_in(tmp_path: Path) -> None:
     source = write_step(tmp_path / "in", PARTS)
     settings = CleanSettings.model_validate({"statistics": {"c4": False}})

@@ -15,7 +15,7 @@ import pytest
 from data_tools import crew as crew_module
 from data_tools import progress as progress_module
 from data_tools.crew import Crew, Place, Task, place_from_environment, read_marker
-from megalite.errors import DataError
+from megalite.errors import BusyError, DataError
 
 
 def note(folder: Path, name: str) -> dict[str, Any]:
@@ -113,6 +113,36 @@ def test_the_other_ranks_hear_of_a_failure_and_a_new_start_forgets_it(tmp_path: 
     assert len(first) == 5
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_two_processes_do_not_work_in_one_place(tmp_path: Path, world: int) -> None:
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        try:
+            with Crew(tmp_path, 1, Place(0, world)) as crew:
+                crew.hold()
+                os.write(writing, b"x")
+                time.sleep(60)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    assert os.read(reading, 1) == b"x"
+    os.close(reading)
+    before = {path.name for path in (tmp_path / "ranks").iterdir()}
+    try:
+        for _ in range(2):
+            with (
+                pytest.raises(BusyError, match=rf"{tmp_path} is in use by process {child} on .*; wait until"),
+                Crew(tmp_path, 1, Place(0, world)) as crew,
+            ):
+                crew.run(tmp_path / "phase", tasks(tmp_path / "out"), "test")
+        assert done(tmp_path / "out" if world == 1 else tmp_path / "ranks").keys() <= before
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with Crew(tmp_path, 1, Place(0, 1)) as crew:  # the dead hold nothing
+        assert len(crew.run(tmp_path / "phase", tasks(tmp_path / "out"), "test")) == 5
+
+
 def test_a_rank_that_fell_silent_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crew_module, "SILENT_S", 0.5)
     with Crew(tmp_path, 1, Place(0, 2)) as crew:
@@ -122,6 +152,21 @@ def test_a_rank_that_fell_silent_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(DataError, match=r"rank 1 has not been heard of .* start the command again"):
             crew.run(tmp_path / "phase", tasks(tmp_path / "out"), "test")
     assert read_marker(tmp_path / "phase", "t4") is not None
+
+
+def test_a_rank_is_seen_again_after_the_disk_was_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew_module, "PRESENCE_EVERY_S", 0.01)
+    with Crew(tmp_path, 1, Place(0, 2)):
+        (tmp_path / "ranks").rename(tmp_path / "gone")
+        time.sleep(0.1)
+        (tmp_path / "gone/00000-alive.json").unlink()
+        (tmp_path / "gone").rename(tmp_path / "ranks")
+        until = time.monotonic() + 10
+        while not (tmp_path / "ranks/00000-alive.json").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert (tmp_path / "ranks/00000-alive.json").exists()
 
 
 def test_waiting_names_who_is_waited_for(
@@ -189,5 +234,10 @@ def test_progress_is_of_bytes_or_of_tasks_without_any(
 
 @pytest.mark.parametrize("rank", ["4", "-1", "x"])
 def test_an_impossible_place_is_refused(rank: str) -> None:
+    array = {"MIN": "3", "MAX": "7", "COUNT": "2"}
+    gaps = {f"SLURM_ARRAY_TASK_{key}": value for key, value in array.items()} | {"SLURM_ARRAY_TASK_ID": "3"}
+    with pytest.raises(DataError, match=r"array of 2 tasks from 3 to 7 has gaps; .* --array=0-1"):
+        place_from_environment(gaps)
+    assert place_from_environment(gaps | {"SLURM_ARRAY_TASK_MAX": "4"}) == Place(0, 2)
     with pytest.raises(DataError, match=f"RANK='{rank}' with WORLD_SIZE='4'"):
         place_from_environment({"RANK": rank, "WORLD_SIZE": "4"})

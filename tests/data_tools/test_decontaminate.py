@@ -115,6 +115,18 @@ def test_hits_are_told_by_file_and_item(tmp_path: Path) -> None:
     ]
 
 
+def test_what_many_items_share_is_told_of_each(tmp_path: Path) -> None:
+    shared = " ".join(ITEM[:14])
+    items = [f"{shared} {number}" for number in range(300)] + [" ".join(ITEM[2:])]
+    flow = clean([[f"{shared} and", "other", f"{shared} 7"]], items, tmp_path)
+    told = read_report(tmp_path / "out")["evaluation"]["eval.jsonl"]
+    assert told["documents_hit_by"] == {f"line {number + 1}": 2 for number in range(300)}
+    assert [example["why"] for example in flow.examples["contaminated"]] == [
+        "14 of 15 words, first of eval.jsonl line 1",
+        "15 of 15 words, first of eval.jsonl line 1",
+    ]
+
+
 def test_a_part_is_cut_out_and_the_rest_stays(tmp_path: Path) -> None:
     text = "Before: " + ", ".join(ITEM) + ". After"
     flow = clean([[text, " ".join(ITEM)]], [" ".join(ITEM)], tmp_path, mode="cut", min_words_left=1)
@@ -133,6 +145,9 @@ def test_a_part_is_cut_out_and_the_rest_stays(tmp_path: Path) -> None:
         ("a.jsonl", b"{}\n", [], r"a\.jsonl needs fields"),
         ("a.txt", b"x", ["q"], r"a\.txt is read as text and has no fields"),
         ("a.txt", b"\xff", [], r"cannot read the evaluation file .*a\.txt"),
+        ("a.txt", b"", [], r"the evaluation file .*a\.txt has no text"),
+        ("a.txt", b" \n\n\t\n", [], r"the evaluation file .*a\.txt has no text"),
+        ("a.jsonl", b"\n", ["q"], r"the evaluation file .*a\.jsonl has no text"),
     ],
 )
 def test_bad_evaluation_files_are_named(
@@ -141,6 +156,11 @@ def test_bad_evaluation_files_are_named(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_items(EvaluationFile(path=str(tmp_path / name), fields=fields))
+
+
+def test_half_a_surrogate_pair_divides_words(tmp_path: Path) -> None:
+    clean([[" ".join(ITEM)], ["other"]], [" \ud800 ".join(ITEM)], tmp_path)
+    assert texts_of(tmp_path / "out") == ["other"]
 
 
 def test_items_of_files(tmp_path: Path) -> None:

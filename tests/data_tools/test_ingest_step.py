@@ -311,6 +311,18 @@ def test_pages_need_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ingest(tmp_path / "out", source)
 
 
+def test_pages_are_read_again_by_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (("page.html", "<p>One page."), ("text.txt", "One text.")):
+        (tmp_path / name).write_text(text)
+    page, text_source = ({"name": name, "path": str(tmp_path / name)} for name in ("page.html", "text.txt"))
+    ingest(tmp_path / "page", page)
+    ingest(tmp_path / "text", text_source)
+    monkeypatch.setattr("data_tools.ingest.html.version", lambda _: "0.0")
+    ingest(tmp_path / "text", text_source)
+    with pytest.raises(DataError, match=r"was made with inputs=.*resiliparse .*, not .*resiliparse 0\.0"):
+        ingest(tmp_path / "page", page)
+
+
 def test_the_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listing = list_source(SourceSettings(name="py", path=STDLIB))
     chosen = [piece for piece in listing.pieces if piece.name in ("topics", "json/decoder.py")]

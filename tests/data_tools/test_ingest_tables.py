@@ -83,6 +83,13 @@ def test_large_row_groups_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest
     assert len(read(path)) == 1000
 
 
+def test_two_columns_of_a_name_are_refused_before_work(tmp_path: Path) -> None:
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array([b"c"]), pa.array([b"d"])]
+    write(tmp_path / "x.parquet", pa.Table.from_arrays(columns, names=["text", "text", "blob", "blob"]))
+    with pytest.raises(DataError, match=r"x\.parquet has two columns 'text'; rename one"):
+        look(tmp_path)
+
+
 def test_wrong_columns_are_refused_before_work(tmp_path: Path) -> None:
     write(tmp_path / "x.parquet", pa.table({"content": ["a"], "n": [1]}))
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -80,6 +81,18 @@ def test_the_page_shows_every_count_and_runs_nothing(tmp_path: Path, steps: list
         assert shown in words
     assert page.words.index("256") < page.words.index("1024")  # numbers in their order
     assert page.words.index("en") < page.words.index("de")  # words by how many they are
+
+
+def test_numbers_of_any_size_are_in_their_order(tmp_path: Path) -> None:
+    some = flow()
+    some.histograms = {"gopher_words": {"1e+06": 3, "1e-05": 9, "-20": 1, "0": 5, "300": 1}}
+    write_step(tmp_path / "only", [])
+    (tmp_path / "only/report.json").write_text(json.dumps({"step": "filter", "parts": 0, **some.to_json()}))
+    write_report([("filter", tmp_path / "only")], tmp_path / "report.html", "")
+    words = Page((tmp_path / "report.html").read_text()).words
+    assert [word for word in words if word in some.histograms["gopher_words"]][-5:] == [
+        *("-20", "0", "1e-05", "300", "1e+06")
+    ]
 
 
 def test_an_unfinished_step_is_refused(tmp_path: Path, steps: list[tuple[str, Path]]) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 
 from data_tools import encoding, pieces, tokenize_parts, verify
 from data_tools.bpe import Encoded
 from data_tools.bpe.encoder import BpeEncoder
 from data_tools.documents import SCHEMA
 from data_tools.hold_out import place
+from data_tools.mix.groups import read_groups
 from data_tools.pieces import unigram_entropy
 from data_tools.step import read_report
 from data_tools.tokenize_parts import TokenizeSettings, run
@@ -111,6 +113,42 @@ def test_datasets_and_report(tmp_path, source, capsys):
     assert flow.totals()[:2] == (len(documents), len(documents))
     for group in groups.values():
         assert verify.run(out / "data" / group) == 0
+
+
+def test_whatever_a_source_is_called_its_datasets_stay_and_are_mixed_by_its_name(tmp_path):
+    names = ["notes.tmp", ".tmp", "日本", "a/b.tmp", "100%", "x.tmp.q", "..", "plain"]
+    source = write_step(tmp_path / "source", [[(f"{n}", name, "text") for name in names for n in range(2)]])
+    with crew(tmp_path) as one:
+        run(settings(), source, tmp_path / "out", one)
+    assert sorted(group.source for group in read_groups(tmp_path / "out")) == sorted(names)
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])  # the rule alone would hold out none, or all
+def test_a_family_is_on_one_side_whatever_bucket_its_documents_are_in(tmp_path, fraction):
+    schema = SCHEMA.append(pa.field("bucket", pa.string()))
+    ends = ("", "#docstrings")
+    rows = [
+        {"id": f"m{n}.py{end}", "source": source, "text": "text", "bucket": f"q{(n + 3 * len(end)) % 4}"}
+        for source in "abcde"
+        for n in range(40)
+        for end in ends
+    ]
+    source = write_rows(tmp_path / "source", [rows[::3], rows[1::3], rows[2::3]], schema)
+    with crew(tmp_path) as one:
+        run(settings(valid_fraction=fraction), source, tmp_path / "out", one)
+    found = stored(tmp_path / "out")
+    assert {key[:2] for key in found} == {
+        (f"{name}.q{n}", kind) for name in "abcde" for n in range(4) for kind in ("train", "valid")
+    }
+    sides = {(group.partition(".")[0], name.removesuffix(ends[1]), kind) for group, kind, name in found}
+    assert len(sides) == 5 * 40
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+@pytest.mark.parametrize("key", ["pattern", "eos_token"])
+def test_what_is_of_a_tokenizers_file_is_refused_without_one(tokenizer, key):
+    with pytest.raises(ValidationError, match=f"{key}='x' is of a tokenizer's file, not of tokenizer="):
+        settings(tokenizer=tokenizer, **{key: "x"})
 
 
 def test_any_group_of_two_holds_out_one_and_keeps_one(tmp_path):
