@@ -8,12 +8,9 @@ where a phase needs all of the last one. Results do not depend on the number of 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import resource
-import socket
 import sys
 import threading
 import time
@@ -22,12 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from data_tools.progress import progress
 from megalite.data.folder import disk_errors
 from megalite.data.staging import write_text
-from megalite.errors import BusyError, DataError
+from megalite.errors import DataError
+from megalite.lock import Lock
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ProcessPoolExecutor
@@ -115,7 +113,7 @@ class Crew:
         self.place = place if place is not None else Place()
         self.used = Usage()
         self._presence = _Presence(root / "ranks", self.place)
-        self._lock: IO[str] | None = None
+        self._lock: Lock | None = None
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Self:
@@ -133,7 +131,7 @@ class Crew:
         if self.place.world > 1:
             self._presence.end(error)
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     @property
@@ -334,30 +332,15 @@ class _Presence:
         self._began = self._touch()
         self._thread.start()
 
-    def lock(self) -> IO[str]:
-        """The file that one process at a time holds, where the file system knows locks.
+    def lock(self) -> Lock:
+        """That no other process works as this rank, where the file system knows locks.
 
-        Raises:  BusyError naming who holds it
+        Raises:  BusyError naming who does
         """
         path = self._folder / f"{self._place.rank:05d}.lock"
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+", encoding="utf-8", errors="replace")
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    file.seek(0)
-                    holder = file.read(300).strip() or "another process"
-                    file.close()
-                    raise BusyError(
-                        f"{self._folder.parent} is in use by {holder}; wait until it has ended, or write "
-                        "elsewhere"
-                    ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        return file
+            return Lock(path, str(self._folder.parent), otherwise="write elsewhere")
 
     def end(self, error: BaseException | None) -> None:
         """Stop; after an error the others, who wait for what will not come, are told."""

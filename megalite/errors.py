@@ -43,8 +43,8 @@ class HangError(MegaliteError):
 
 
 class BusyError(MegaliteError):
-    """Another run writes in the run folder. It may be the end of the one that this run continues, on a host
-    that its launcher has lost; then a later start continues it."""
+    """Another process is at work in the folder. It may be the end of the run that this one continues, on a
+    host that its launcher has lost; then a later start continues it."""
 
     exit_code = 76
 

@@ -20,7 +20,14 @@ PACKAGES = {
 
 # A module may import from its own layer and those below; what is not named stands beside the trainer.
 LAYERS = [
-    {"megalite", "megalite.errors", "megalite.config", "megalite.config_file", "megalite.log"},
+    {
+        "megalite",
+        "megalite.errors",
+        "megalite.lock",
+        "megalite.config",
+        "megalite.config_file",
+        "megalite.log",
+    },
     {"megalite_kernels", "megalite.data"},
     {"megalite.parallel", "data_tools"},
     {"megalite.model", "megalite.optim"},
