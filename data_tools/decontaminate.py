@@ -12,6 +12,7 @@ evaluation n-gram, and a row group with 24 bytes a word of it.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from data_tools.dedup.shingles import BASES, SPLITTER, Words, mixed, split_rows,
 from data_tools.dedup.shuffle import ShuffleWriter, read_rows, remove_shuffle
 from data_tools.documents import read_part, text_column, texts, with_column
 from data_tools.flow import KEPT, Flow
+from data_tools.ingest.unpack import BrokenStreamError, open_bytes
 from data_tools.step import Step, read_report, step_parts
 from megalite.config.section import Section
 from megalite.errors import DataError
@@ -45,7 +47,9 @@ FILTER_BITS = 16  # of the filter before the search, for each n-gram: 6 % of oth
 class EvaluationFile(Section):
     """Texts that a model is judged by."""
 
-    path: str = Field(description="a .jsonl file, or a text file, whose items are divided by blank lines")
+    path: str = Field(
+        description="a .jsonl file, or a text file, whose items blank lines divide; plain, .gz or .zst"
+    )
     fields: tuple[str, ...] = Field(
         (), strict=False, description="of a .jsonl file: what makes up an item, strings or lists of them"
     )
@@ -152,10 +156,12 @@ def read_items(file: EvaluationFile) -> list[Item]:
 def _read_items(file: EvaluationFile) -> list[Item]:
     path = Path(file.path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with open_bytes(path) as stream, io.TextIOWrapper(stream, encoding="utf-8") as unpacked:
+            text = unpacked.read()
+    except (BrokenStreamError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the evaluation file {path}: {error}") from None
-    if path.suffix != ".jsonl":
+    name = path.name.lower()
+    if not name.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
         if file.fields:
             raise DataError(f"{path} is read as text and has no fields; leave them out, or name it .jsonl")
         paragraphs = [one for one in re.split(r"\n(?:[^\S\n]*\n)+", text) if one.strip()]

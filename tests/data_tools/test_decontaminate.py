@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -148,12 +150,15 @@ def test_a_part_is_cut_out_and_the_rest_stays(tmp_path: Path) -> None:
         ("a.txt", b"", [], r"the evaluation file .*a\.txt has no text"),
         ("a.txt", b" \n\n\t\n", [], r"the evaluation file .*a\.txt has no text"),
         ("a.jsonl", b"\n", ["q"], r"the evaluation file .*a\.jsonl has no text"),
+        ("a.jsonl.gz", gzip.compress(b"{}")[:-9], ["q"], r"cannot read .*a\.jsonl\.gz: .*compressed data"),
+        ("a.txt", None, [], r"cannot read the evaluation file .*a\.txt: No such file"),
     ],
 )
 def test_bad_evaluation_files_are_named(
-    tmp_path: Path, name: str, content: bytes, fields: list[str], message: str
+    tmp_path: Path, name: str, content: bytes | None, fields: list[str], message: str
 ) -> None:
-    (tmp_path / name).write_bytes(content)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_items(EvaluationFile(path=str(tmp_path / name), fields=fields))
 
@@ -170,8 +175,11 @@ def test_items_of_files(tmp_path: Path) -> None:
         ("paragraph 2", "three\n"),
     ]
     (tmp_path / "a.jsonl").write_text('\n{"q": "x", "c": ["y", "z"], "n": 1}\n')
-    assert read_items(EvaluationFile(path=str(tmp_path / "a.jsonl"), fields=["q", "c"])) == [
-        ("line 2", "x\ny\nz")
-    ]
+    lines = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(lines))
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
+        found = read_items(EvaluationFile(path=str(tmp_path / name), fields=["q", "c"]))
+        assert found == [("line 2", "x\ny\nz")]
     with pytest.raises(ValidationError, match=r"two evaluation files are named a\.txt"):
         DecontaminateSettings(files=[{"path": "x/a.txt"}, {"path": "y/a.txt"}])
