@@ -41,8 +41,8 @@ class HangError(MegaliteError):
 
 
 class BusyError(MegaliteError):
-    """Another run writes in the run folder. It may be the end of the one that this run continues, on a host
-    that its launcher has lost; then a later start continues it."""
+    """Another run writes in the run folder, or has the port at which the ranks meet. It may be the end of the
+    one that this run continues, on a host that its launcher has lost; then a later start continues it."""
 
     exit_code = 76
 
