@@ -27,7 +27,7 @@ goes on, on any number of processes. SIGTERM or Ctrl-C saves and exits with code
 examples:
   megalite train configs/quickstart.toml
   megalite train configs/125m.toml run_dir=runs/a optim.lr=6e-4 'data.sources=[{path="data/train"}]'
-  torchrun --nproc-per-node 2 -m megalite train configs/quickstart.toml
+  torchrun --standalone --nproc-per-node 2 -m megalite train configs/quickstart.toml
   deepspeed --module megalite train configs/1b.toml
   megalite train configs/70b.toml --dry-run
 
