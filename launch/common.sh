@@ -21,8 +21,9 @@ prepare() {
     stamp=$(cksum setup.py | cut -d' ' -f1)
     if [ "$(cat ".venv/installed-$extras" 2>/dev/null)" != "$stamp" ]; then
         echo "launch: installing megalite[$extras] (once)" >&2
-        # Without an NVIDIA driver the CUDA build would be gigabytes for nothing. For tests the Triton that the
-        # kernels' tile tables were made with; its interpreter reads numpy arrays as before 2.4.
+        # Without an NVIDIA driver the CUDA build is gigabytes for nothing: a release by name, so that pip takes
+        # its CPU build where an index has one (see the README). For tests the Triton that the kernels' tile
+        # tables were made with; its interpreter reads numpy arrays as before 2.4.
         if ! command -v nvidia-smi >/dev/null && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
             .venv/bin/pip install -q --disable-pip-version-check torch==2.13.0
         fi

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalite import __version__
-from megalite.errors import ConfigError, DataError, HangError, MegaliteError
+from megalite.errors import BusyError, ConfigError, DataError, HangError, MegaliteError
 from megalite.resilience.exits import record_exit
 from megalite.resilience.preempt import PreemptionFlag
 
@@ -27,12 +27,12 @@ goes on, on any number of processes. SIGTERM or Ctrl-C saves and exits with code
 examples:
   megalite train configs/quickstart.toml
   megalite train configs/125m.toml run_dir=runs/a optim.lr=6e-4 'data.sources=[{path="data/train"}]'
-  torchrun --nproc-per-node 2 -m megalite train configs/quickstart.toml
+  torchrun --standalone --nproc-per-node 2 -m megalite train configs/quickstart.toml
   deepspeed --module megalite train configs/1b.toml
   megalite train configs/70b.toml --dry-run
 
 exit codes: 0 done, 2 a mistake in the input, 75 stopped after a save, 77 diverged, 76 a rank hung or was
-lost, or another run is at work in run_dir
+lost, or another run is at work in run_dir or on the port
 """
 
 _PLAN_HELP = """\
@@ -232,10 +232,16 @@ def _run(config: Config, flag: PreemptionFlag) -> int:
     try:
         mesh = build_mesh(timeout_s, shape)
     except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise BusyError(
+                f"the processes cannot meet at {place}: the port is in use, perhaps by another run; wait "
+                "until that has ended, or give the launcher a free one (torchrun: --standalone; "
+                "deepspeed: --master_port)"
+            ) from error
         raise HangError(
-            f"the processes did not find each other within {timeout_s:.0f} s at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({_first_line(error)}); "
-            "is every host up, and that port free and reachable?"
+            f"the processes did not find each other within {timeout_s:.0f} s at {place} "
+            f"({_first_line(error)}); is every host up, and that port free and reachable?"
         ) from error
     try:
         Trainer(config, mesh).fit(flag)

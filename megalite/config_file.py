@@ -17,6 +17,12 @@ from megalite.errors import ConfigError, is_unicode
 
 M = TypeVar("M", bound=BaseModel)
 
+_TOML_NAMES = {
+    "tuple_type": "a list",
+    "model_type": "a table",
+    "dict_type": "a table",
+}  # for pydantic's words
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """A run's configuration, as `load_toml` reads it."""
@@ -114,14 +120,14 @@ def describe_keys(root: type[BaseModel] = Config) -> str:
     lines = []
 
     def walk(section: type[BaseModel], prefix: str) -> None:
-        tables = []
+        tables, width = [], max(28, len(prefix) + max(map(len, section.model_fields)))
         for key, field in section.model_fields.items():
             inner = _section_type(section, [key])
             if inner is not section:
                 tables.append((f"{prefix}{key}", field, inner))
                 continue
             default = "required" if field.is_required() else toml_value(field.default)
-            lines.append(f"  {prefix + key:<28} {default:<12} {field.description}")
+            lines.append(f"  {prefix + key:<{width}} {default:<12} {field.description}")
         for name, field, inner in tables:
             header = f"[[{name}]]" if get_origin(field.annotation) in (list, tuple) else f"[{name}]"
             lines.append(f"\n{header}  {field.description or (inner.__doc__ or '').splitlines()[0]}")
@@ -167,7 +173,12 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
         raise ConfigError(f"override {override!r} is not UTF-8; give text in that encoding")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError as error:
+        if text.lstrip().startswith(("[", "{")):  # most often the shell took the quotes in it
+            raise ConfigError(
+                f"override {override!r} is not TOML: {error}; quote the text in it, and the whole for the "
+                """shell, as in 'data.sources=[{path="data/train"}]'"""
+            ) from None
         value = text  # an unquoted string, as a shell user writes it
     *parents, leaf = key.split(".")
     table = values
@@ -209,9 +220,9 @@ def _explain(
         elif named := re.match(r"\w+\.\w+", text):  # a cross-field check names its first key
             where, key = tuple(named[0].split(".")), named[0]
     else:
-        expected = first["msg"].removeprefix("Input should be ")
+        expected = _TOML_NAMES.get(kind) or first["msg"].removeprefix("Input should be ")
         text = f"{key}={value!r}: should be {expected} ({_describe(root, where)})"
-    is_overridden = any(f"{name}.".startswith(f"{key}.") for name in overridden)
+    is_overridden = any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for name in overridden)
     place = "command line" if is_overridden else _locate(path, source, where)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{text}{f' ({place})' if place else ''}{more}"

@@ -43,8 +43,8 @@ class HangError(MegaliteError):
 
 
 class BusyError(MegaliteError):
-    """Another process is at work in the folder. It may be the end of the run that this one continues, on a
-    host that its launcher has lost; then a later start continues it."""
+    """Another process is at work in the folder, or has the port at which the ranks meet. It may be the end of
+    the run that this one continues, on a host that its launcher has lost; then a later start continues it."""
 
     exit_code = 76
 

@@ -132,6 +132,11 @@ def read_hf(folder: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
     Raises:  ConfigError if the configuration is not supported; CheckpointError if weights are
              missing, left over, in another format than safetensors, or of another shape
     """
+    if not (folder / HF_CONFIG).exists():
+        raise CheckpointError(
+            f"no {HF_CONFIG} in {folder}; give a folder on this disk, such as "
+            f"`hf download NAME --local-dir {folder}` or `megalite export` makes"
+        )
     try:
         config = config_from_hf(_read_json(folder / HF_CONFIG))
     except ConfigError as error:

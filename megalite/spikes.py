@@ -48,7 +48,7 @@ def _listing(run: Path, events: Sequence[dict[str, Any]], documents: int) -> Ite
     for event in told:
         where = f"step {event['step']}"
         if event["event"] == "skip":
-            values = f"loss {event['loss']}, gradient norm {event['grad_norm']}"
+            values = f"loss {_short(event['loss'])}, gradient norm {_short(event['grad_norm'])}"
             yield f"{where}  left out: {values} ({event['cause'] or 'not computed again'})"
         elif event["event"] == "hardware":
             yield f"{where}  {event['cause']} error of a processor, rank {event['ranks']}"
@@ -61,6 +61,10 @@ def _listing(run: Path, events: Sequence[dict[str, Any]], documents: int) -> Ite
             yield from _curve(run / str(event["curve"]), rollback)
             if loader is not None:
                 yield from islice(describe(loader, rollback.skipped, load_tokenizer(run)), documents)
+
+
+def _short(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _sentence(rollback: Rollback) -> str:

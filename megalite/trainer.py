@@ -337,7 +337,9 @@ class Trainer:
                 self.log.event("bad_block", 0, file=file, batch=block, reason=reason, samples=[])
             return
         self.log.event("resume", self.step, processes=mesh.size, refused=list(found.refused))
-        self.log.say(f"continuing {self.run_dir} at step {self.step} of {self.config.train.steps}")
+        steps = self.config.train.steps
+        rest = "" if self.step < steps else ", so nothing is left to do; a larger train.steps goes on"
+        self.log.say(f"continuing {self.run_dir} at step {self.step} of {steps}{rest}")
         if self.has_new_mixture:
             self.log.event("mixture", self.step, position=self.position)
             self.log.say(

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -166,6 +167,10 @@ def test_a_second_call_continues_and_a_third_finds_nothing_to_do(config: Path, t
     assert "continuing again at step 3 of 6" in done.stderr
     assert "note: train.steps was 3 when step 3 was saved and is now 6" in done.stderr
     assert len(metrics(tmp_path / "again")) == 6
+    done = _run(*command, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "at step 6 of 6, so nothing is left to do" in done.stderr
+    assert len(metrics(tmp_path / "again")) == 6
 
 
 def test_dry_run_needs_no_data_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,7 +202,7 @@ def test_mistakes_are_one_line_and_exit_2(
         (["train", str(config), "modle.num_heads=3"], "unknown key modle; did you mean model?"),
         (["train", "nowhere.toml"], "no config file nowhere.toml"),
         (["train"], "no config file given"),
-        (["train", str(config), "data.sources=[{path='gone'}]"], "gone"),
+        (["train", str(config), "data.sources=[{path='gone'}]"], f"no dataset folder gone in {tmp_path}"),
         (["generate", "gone", "--prompt", "x"], "gone"),
     ]:
         assert main(arguments) == 2
@@ -223,6 +228,23 @@ def test_a_failure_leaves_its_code_where_a_supervisor_reads_it(
     assert [(record["rank"], record["code"]) for record in records] == [("3", 2), ("3", 2)]
     monkeypatch.setenv("MEGALITE_EXIT_FILE", str(tmp_path / "no/such/folder"))
     assert main(["train", "nowhere.toml"]) == 2  # what cannot be written changes nothing
+
+
+def test_a_port_in_use_is_said_at_once(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        launcher = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in launcher.items():
+            monkeypatch.setenv(name, value)
+        assert main(["train", str(config), f"run_dir={tmp_path / 'run'}"]) == 76
+    error = capsys.readouterr().err
+    assert f"127.0.0.1:{port}: the port is in use" in error
+    assert error.count("megalite: ") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -91,6 +91,20 @@ def test_parameter_counts(name: str, parameters: int) -> None:
     assert count_parameters(load_config(CONFIGS / f"{name}.toml").model) == parameters
 
 
+def test_a_list_on_the_command_line_that_is_none(tmp_path: Path) -> None:
+    """As the shell leaves it when it took the quotes, and in words of TOML, not of pydantic."""
+    unquoted = _mistake(tmp_path, TOML, "data.sources=[{path=data/train}]")
+    assert "'data.sources=[{path=data/train}]' is not TOML" in unquoted
+    assert "quote" in unquoted
+    assert "data.sources='a': should be a list" in _mistake(tmp_path, TOML, "data.sources=a")
+    inside = _mistake(tmp_path, TOML, "data.sources=['a']")
+    assert "data.sources.0='a': should be a table" in inside
+    assert "(command line)" in inside
+    assert "did you mean data.sources.0.path? (command line)" in _mistake(
+        tmp_path, TOML, "data.sources=[{pth='a'}]"
+    )
+
+
 def test_overrides_reach_nested_tables_lists_and_bare_words(tmp_path: Path) -> None:
     config = _load(
         tmp_path,
@@ -236,6 +250,8 @@ def test_a_batch_that_does_not_divide_by_the_processes(tmp_path: Path) -> None:
 def test_every_key_is_described() -> None:
     text = describe_keys()
     assert "None\n" not in text
+    rows = [line for line in text.splitlines() if line.startswith("  resilience.")]
+    assert len({line.index(line.split(maxsplit=1)[1]) for line in rows}) == 1  # long keys keep the columns
     for key in ("model.rope_theta", "mesh.zero_stage", "train.loss_chunk_mib", "log.every_steps"):
         assert key in text
 

@@ -117,9 +117,11 @@ class Checkpoint:
         found = {name: tuple(self.shape(name)) for name in self.names("weight")}
         if found != expected:
             name = next(n for n in {**expected, **found} if expected.get(n) != found.get(n))
+            held = f"of shape {found[name]}" if name in found else "not at all"
+            wanted = f"of shape {expected[name]}" if name in expected else "not at all"
             raise CheckpointError(
-                f"{self.folder} holds {name} of shape {found.get(name)}, the config's model has "
-                f"{expected.get(name)}; continue with the config it was trained with, or another run_dir"
+                f"{self.folder} holds {name} {held}, the config's model has it {wanted}; continue with the "
+                "config it was trained with, or another run_dir"
             )
 
     def verify(self) -> None:

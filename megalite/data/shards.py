@@ -392,7 +392,8 @@ class Dataset:
 
 def _check_folder(path: Path) -> None:
     if not path.is_dir():
-        raise DataError(f"no dataset folder {path}; make one with: megalite data tokenize --to …")
+        place = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise DataError(f"no dataset folder {path}{place}; make one with: megalite data tokenize --to …")
     if not (path / MANIFEST_FILE).exists():
         inside = [child.name for child in (path / "train", path / "valid") if child.is_dir()]
         hint = f"did you mean {path / inside[0]}?" if inside else "it is not a finished dataset"

@@ -146,4 +146,8 @@ def test_another_models_configuration_is_refused_and_the_run_left_alone(root: Pa
         CheckpointError, match=r"holds \S+ of shape .* continue with the config it was trained"
     ):
         Trainer(short(root, "run", "model.hidden_size=64"), SOLO)
+    with pytest.raises(
+        CheckpointError, match=r"holds \S+ of shape \S+ \S+ the config's model has it not at all"
+    ):
+        Trainer(short(root, "run", "model.num_layers=1"), SOLO)
     assert {path: path.read_bytes() for path in (root / "run").rglob("*") if path.is_file()} == kept
