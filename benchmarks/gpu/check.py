@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ COMPILING_S = 80
 _COMPILED_FOR = {"tests", "kernels"}
 NEEDS = {"steps": ("pydantic",), "convergence": ("pydantic",)}
 _GRACE_S = 45  # how far beyond the budget an item may reach before its process is ended
+_SEGMENTS = "expandable_segments:True"  # of the workers' memory: large tensors of many sizes leave holes
 SPOILED = 70  # a worker's exit code: an item ruined the CUDA context, the next needs a fresh process
 
 
@@ -70,6 +72,8 @@ class Results:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages; exit 0 if nothing failed, 1 if something did, 2 without a GPU."""
     options = _parser().parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a time limit's; end the workers as at Ctrl-C
+        signal.signal(number, _stop)
     device = "cpu" if options.rehearse else "cuda"
     machine = {} if options.rehearse else _machine()
     if isinstance(machine, str):
@@ -99,6 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def _stop(number: int, _: object) -> None:
+    sys.exit(128 + number)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/gpu_check",
@@ -126,6 +134,7 @@ def _stage(name: str) -> str:
 
 def _machine() -> dict[str, Any] | str:
     """What this machine is, or why nothing can be measured on it."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", _SEGMENTS)  # before torch is there: it looks once
     try:
         import torch
     except ImportError:
@@ -137,6 +146,12 @@ def _machine() -> dict[str, Any] | str:
     except ImportError:
         return f"no triton in {sys.executable}; install the one that torch {torch.__version__} names"
     properties = torch.cuda.get_device_properties(0)
+    try:
+        torch.empty(1, device="cuda")
+    except RuntimeError as error:
+        # Not every container or virtual GPU has what these segments need, and then all that follows fails.
+        tried = os.environ.pop("PYTORCH_ALLOC_CONF")
+        print(f"gpu_check: no {tried} here: {str(error)[:200]}", file=sys.stderr)
     return {
         "gpu": properties.name,
         "memory_bytes": properties.total_memory,
@@ -147,6 +162,7 @@ def _machine() -> dict[str, Any] | str:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "python": sys.version.split()[0],
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF", "torch's default"),
     }
 
 
@@ -170,14 +186,20 @@ def _compile_ahead(results: Results, device: str, budget_s: float) -> float:
         for process in running:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(began + budget_s - time.monotonic(), 0.0))
-        finished = sum(process.poll() is not None for process in running)
+        codes = [process.poll() for process in running]
     finally:
         for process in running:
             end_group(process)
     took_s = time.monotonic() - began
-    said = {"processes": count, "finished": finished, "took_s": round(took_s, 2)}
-    results.content["compiled_ahead"] = said
-    print(f"compiled ahead: {finished} of {count} processes finished in {took_s:.0f} s", flush=True)
+    finished, failed = codes.count(0), sum(code not in (0, None) for code in codes)
+    results.content["compiled_ahead"] = {
+        "processes": count,
+        "finished": finished,
+        "failed": failed,
+        "took_s": round(took_s, 2),
+    }
+    why = f", {failed} failed" if failed else ""
+    print(f"compiled ahead: {finished} of {count} processes finished in {took_s:.0f} s{why}", flush=True)
     return budget_s - took_s
 
 
@@ -252,7 +274,7 @@ def _keep_last(stream: Any, kept: list[str]) -> None:
 
 def _environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def _propose(results: Results, folder: Path) -> None:

@@ -6,6 +6,7 @@ operators' contracts, torch.compile, and NVIDIA's sanitizer where it is installe
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -91,7 +92,7 @@ def exact(workload: Workload) -> Result:
         error, own = (float((x.double() - c).abs().max()) for x in (a, b))
         rounding = max(torch.finfo(b.dtype).eps, 4 * torch.finfo(torch.float32).eps)
         allowed = 2 * own + rounding * float(c.abs().max())
-        if not error <= allowed:  # NaN too
+        if not error <= allowed < math.inf:  # NaN too; and what the plain formula overflows in proves nothing
             return {"passed": False, "error": error, "allowed": allowed, "why": f"result {index}"}
         if error > worst["error"]:
             worst |= {"error": error, "allowed": allowed}

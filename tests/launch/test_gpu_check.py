@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,13 +15,16 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu import check
+from benchmarks.gpu import check, races, training
 from benchmarks.gpu.figures import choices, floor_seconds, row
+from benchmarks.gpu.training import judge
+from benchmarks.gpu.workloads import Workload
 from tests import early
 from tests.gpu import checks
 
@@ -186,6 +191,62 @@ def test_what_an_item_has_started_ends_with_it(tmp_path: Path, monkeypatch: pyte
     _wait_for_the_end_of(int(child.read_text()))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_ends_the_check_ends_its_workers(tmp_path: Path, number: signal.Signals) -> None:
+    """Also with what `timeout` and schedulers send, and what was found before is there."""
+    child, program = tmp_path / "child", tmp_path / "worker.py"
+    program.write_text(
+        WORKER.replace("ACTION", f"open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(600)")
+    )
+    shim = tmp_path / "python"
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" "$@"\n')
+    shim.chmod(0o755)
+    arguments = ["--rehearse", "--only", "tests", "--out", str(tmp_path / "out")]
+    command = f"import sys; from benchmarks.gpu.check import main; sys.executable = {str(shim)!r}; "
+    command += f"main({arguments})"
+    running = subprocess.Popen([sys.executable, "-c", command], cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if child.exists() and child.read_text():
+                break
+            time.sleep(0.05)
+        running.send_signal(number)
+        assert running.wait(timeout=30) != 0
+    finally:
+        running.kill()
+    _wait_for_the_end_of(int(child.read_text()))
+    assert _stages(tmp_path / "out") == {"tests": {"first": {"passed": True}}}
+
+
+class _FakeTorch(ModuleType):
+    """Of a machine whose driver lacks the calls that expandable segments are made of."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__("torch")
+        self.fails = fails
+        self.__version__, self.version = "2", SimpleNamespace(cuda="13.0")
+        self.backends = SimpleNamespace(cudnn=SimpleNamespace(version=lambda: 1))
+        properties = SimpleNamespace(name="G", total_memory=1, multi_processor_count=1, major=9, minor=0)
+        self.cuda = SimpleNamespace(is_available=lambda: True, get_device_properties=lambda _: properties)
+
+    def empty(self, *_: Any, **__: Any) -> None:
+        if self.fails:
+            raise RuntimeError("operation not supported")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_in_segments_that_grow_is_tried_first(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    monkeypatch.setattr(check.os, "environ", {})
+    monkeypatch.setitem(sys.modules, "torch", _FakeTorch(fails))
+    triton = ModuleType("triton")
+    triton.__version__ = "3"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    machine = check._machine()
+    assert isinstance(machine, dict)
+    assert machine["allocator"] == ("torch's default" if fails else "expandable_segments:True")
+    assert ("PYTORCH_ALLOC_CONF" in check._environment()) is not fails
+
+
 def _wait_for_the_end_of(process: int) -> None:
     status = Path(f"/proc/{process}/stat")
     for _ in range(100):
@@ -242,17 +303,33 @@ def test_it_takes_ten_minutes_at_most_even_where_the_last_item_hangs() -> None:
 def test_compiling_ahead_ends_within_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first process is done at once, the second would take for ever."""
+    """The first process is done at once, the second would take for ever, the third fails."""
     shim = tmp_path / "python"
-    shim.write_text(f'#!/bin/sh\necho "$3 $4 $5" >> {tmp_path}/asked\n[ "$3" = 0 ] || exec sleep 600\n')
+    action = "case $3 in 1) exec sleep 600 ;; 2) exit 1 ;; esac"
+    shim.write_text(f'#!/bin/sh\necho "$3 $4 $5" >> {tmp_path}/asked\n{action}\n')
     shim.chmod(0o755)
     monkeypatch.setattr(check.sys, "executable", str(shim))
-    monkeypatch.setattr(check.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(check.os, "cpu_count", lambda: 6)
     results = check.Results(tmp_path / "out", {})
     assert -1 < check._compile_ahead(results, "cuda", 2) < 0.5
-    assert sorted((tmp_path / "asked").read_text().splitlines()) == ["0 2 cuda", "1 2 cuda"]
-    assert results.content["compiled_ahead"].keys() == {"processes", "finished", "took_s"}
-    assert capsys.readouterr().out.startswith("compiled ahead: 1 of 2 processes finished in 2 s")
+    assert sorted((tmp_path / "asked").read_text().splitlines()) == ["0 3 cuda", "1 3 cuda", "2 3 cuda"]
+    said = results.content["compiled_ahead"]
+    assert said == {"processes": 3, "finished": 1, "failed": 1, "took_s": said["took_s"]}
+    assert capsys.readouterr().out == "compiled ahead: 1 of 3 processes finished in 2 s, 1 failed\n"
+
+
+def test_compiling_ahead_does_not_run_what_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own attention with documents needs 33 GiB, more than a share of the memory."""
+    asked = []
+
+    def run(impl: str, x: torch.Tensor) -> torch.Tensor:
+        asked.append(impl)
+        return x * 2
+
+    workload = Workload("n", lambda: [torch.ones(2)], run, lambda x: x * 2, lambda x: (), peers={})
+    monkeypatch.setattr(races, "can_run_kernels", lambda device: True)
+    races.run_each(workload, torch.device("cpu"))
+    assert asked == ["triton", "triton"]  # forward and backward
 
 
 @pytest.mark.slow
@@ -319,3 +396,65 @@ def test_choices_follow_the_measured_times() -> None:
     }
     slower = {**RACE, "seconds": {"forward": {"triton": 2.0, "torch": 1.0}}}
     assert choices([slower]) == {"norm": {"rms_norm/4096": {"winner": "torch", "speedup": 0.5}}}
+
+
+# --- what is right -----------------------------------------------------------------------------------
+
+
+def _falling(to: float = 2.0) -> list[float]:
+    return [5.5 + (to - 5.5) * step / 9 for step in range(10)]
+
+
+def test_losses_that_stay_together_and_fall_are_right() -> None:
+    near = [value + 0.005 for value in _falling()]
+    found = judge({"reference": _falling(), "torch": _falling(), "triton": near})
+    assert found == {
+        "largest_difference": {"torch": 0.0, "triton": pytest.approx(0.005)},
+        "allowed": 0.01,
+        "passed": True,
+    }
+    wide = [value + 0.04 for value in _falling()]
+    assert judge({"reference": _falling(), "torch": wide, "triton": wide})["passed"]
+
+
+@pytest.mark.parametrize(
+    ("triton", "why"),
+    [
+        ([*_falling()[:-1], math.nan], "a loss of triton is not finite"),
+        ([*_falling()[:-1], math.inf], "a loss of triton is not finite"),
+        ([value + 0.02 for value in _falling()], "the kernels' loss is too far off"),
+    ],
+)
+def test_losses_that_part_are_wrong(triton: list[float], why: str) -> None:
+    found = judge({"reference": _falling(), "torch": _falling(), "triton": triton})
+    assert found["passed"] is False
+    assert found["why"] == why
+
+
+def test_three_that_learn_nothing_agree_on_nothing() -> None:
+    flat = _falling(to=5.4)
+    found = judge({"reference": flat, "torch": flat, "triton": flat})
+    assert (found["passed"], found["why"]) == (False, "the reference has learned nothing")
+
+
+def test_a_step_whose_loss_is_not_finite_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGALITE_KERNELS", "torch")
+    monkeypatch.setattr(training, "_engine", lambda *_: (None, lambda batch: math.nan))
+    with pytest.raises(ArithmeticError, match="the loss of step 1 is nan"):
+        training.measure("125m", "torch", False, torch.device("cpu"))
+
+
+def test_a_formula_that_overflows_proves_nothing() -> None:
+    def run(impl: str, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    workload = Workload(
+        "n",
+        lambda: [torch.full((2,), 1e3, dtype=torch.float16)],
+        run,
+        torch.square,
+        lambda x: (),
+        ("forward",),
+    )
+    found = checks.exact(workload)
+    assert (found["passed"], found["allowed"]) == (False, math.inf)
