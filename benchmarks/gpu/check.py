@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -47,7 +48,7 @@ class Results:
         with self.table.open("a") as table:
             table.write(line + "\n")
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial.write_text(json.dumps(_writable(self.content), indent=1, allow_nan=False) + "\n")
         partial.replace(self.path)
 
     @property
@@ -61,12 +62,12 @@ class Results:
 
     def failures(self) -> list[str]:
         """Items that failed, or were found wrong."""
-        return [
-            name
-            for stage in self.content["stages"].values()
-            for name, result in stage.items()
-            if "failed" in result or result.get("passed") is False
-        ]
+        return [name for stage in self.content["stages"] for name in self.failures_of(stage)]
+
+    def failures_of(self, stage: str) -> list[str]:
+        """A stage's items that failed, or were found wrong."""
+        found = self.content["stages"].get(stage, {})
+        return [name for name, item in found.items() if "failed" in item or item.get("passed") is False]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -278,15 +279,38 @@ def _environment() -> dict[str, str]:
 
 
 def _propose(results: Results, folder: Path) -> None:
-    """Write what the tile tables' "choices" would be by these measurements; nothing is applied."""
-    found = choices(list(results.content["stages"].get("kernels", {}).values()))
+    """Write what the tile tables' "choices" would be by these measurements; nothing is applied.
+
+    A kernel that was found wrong is no choice, however fast. Checks are named check/operation/shape; what is
+    named otherwise, as a sanitizer's finding and the comparison of losses, may be of any kernel.
+    """
+    failed = results.failures_of("tests") + results.failures_of("convergence")
+    if of_any := [name for name in failed if name.count("/") < 2]:
+        print(f"\nno choices are proposed: {', '.join(of_any)} failed")
+        return
+    wrong = {name.split("/")[1] for name in failed}
+    races = results.content["stages"].get("kernels", {})
+    found = choices(result for name, result in races.items() if name.split("/")[0] not in wrong)
     if not found:
         return
     major = int(results.content["machine"]["architecture"].removeprefix("sm_")[:-1])
     proposal = {"architecture": "sm_90" if major >= 9 else "sm_80", "choices": found}
     path = folder / "choices.json"
     path.write_text(json.dumps(proposal, indent=1) + "\n")
-    print(f"\n{path}: proposed choices; python -m benchmarks.gpu.apply {path} writes them into the tables")
+    without = f" without {', '.join(sorted(wrong))}, which failed" if wrong else ""
+    print(
+        f"\n{path}: proposed choices{without}; python -m benchmarks.gpu.apply {path} writes them into the "
+        "tables"
+    )
+
+
+def _writable(value: Any) -> Any:
+    """As JSON has it, which knows no nan and inf."""
+    if isinstance(value, dict):
+        return {key: _writable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_writable(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -398,6 +398,45 @@ def test_choices_follow_the_measured_times() -> None:
     assert choices([slower]) == {"norm": {"rms_norm/4096": {"winner": "torch", "speedup": 0.5}}}
 
 
+@pytest.mark.parametrize(
+    ("failed", "proposed", "told"),
+    [
+        ({}, {"norm", "rope"}, ": proposed choices;"),
+        ({"exact/rms_norm/bf16/5x96": {"passed": False}}, {"rope"}, "without rms_norm, which failed;"),
+        ({"far/rms_norm/bf16/5x96": {"failed": "died"}}, {"rope"}, "without rms_norm, which failed;"),
+        ({"sanitizer/racecheck": {"passed": False}}, None, "no choices are proposed: sanitizer/racecheck"),
+    ],
+)
+def test_a_kernel_that_was_found_wrong_is_not_proposed(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    failed: dict[str, Any],
+    proposed: set[str] | None,
+    told: str,
+) -> None:
+    results = check.Results(tmp_path, {"architecture": "sm_90"})
+    for name, result in ({"exact/rope_qkv/bf16/2x20": {"passed": True}} | failed).items():
+        results.add("tests", name, result)
+    results.add("kernels", "rms_norm/bf16/9x96", RACE)
+    results.add("kernels", "rope_qkv/bf16/9x96", {**RACE, "operation": "rope", "variant": "rope/64"})
+    check._propose(results, tmp_path)
+    assert told in capsys.readouterr().out
+    assert (tmp_path / "choices.json").exists() is (proposed is not None)
+    if proposed is not None:
+        assert json.loads((tmp_path / "choices.json").read_text())["choices"].keys() == proposed
+
+
+def test_what_is_written_is_json_also_where_a_kernel_gave_nan(tmp_path: Path) -> None:
+    results = check.Results(tmp_path, {})
+    results.add("tests", "exact/x/y", {"passed": False, "error": math.nan, "values": [1.0, -math.inf]})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert written["stages"]["tests"]["exact/x/y"]["values"] == [1.0, "-inf"]
+
+
 # --- what is right -----------------------------------------------------------------------------------
 
 
