@@ -28,7 +28,7 @@ class RunFolder:
     """Locked by a run's first process: from its making, if the folder is there, until the context ends."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        """Before a checkpoint is chosen: nobody else may be about to write one. What is there stays as it is.
+        """Before a checkpoint is chosen: nobody else may be about to write one. Only the lock is written.
 
         Raises:  BusyError, ConfigError, on every rank alike
         """

@@ -278,7 +278,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert left.value.code == 0
     text = capsys.readouterr().out
     for words in (
-        "torchrun --nproc-per-node 2",
+        "torchrun --standalone --nproc-per-node 2",
         "deepspeed --module megalite",
         "--dry-run",
         "75 stopped after a save",

@@ -19,6 +19,7 @@ from megalite.config import Config
 from megalite.errors import CheckpointError
 from megalite.parallel.mesh import Mesh, build_mesh, close_mesh
 from megalite.resilience.preempt import PreemptionFlag
+from megalite.run_folder import LOCK
 from megalite.trainer import Trainer
 from tests.faults.seeds import replayable, seeds
 from tests.ranks import SOLO, join_ranks, run_ranks, spawn_ranks
@@ -140,8 +141,13 @@ def test_a_clock_that_jumps_changes_nothing(root: Path, jump_s: float) -> None:
 
 
 def test_another_models_configuration_is_refused_and_the_run_left_alone(root: Path) -> None:
+    def files() -> dict[Path, bytes]:
+        """All but the lock, which says who looked last."""
+        paths = (path for path in (root / "run").rglob("*") if path.is_file() and path.name != LOCK)
+        return {path: path.read_bytes() for path in paths}
+
     run_ranks(stop_at, 1, short(root, "run"), 5)
-    kept = {path: path.read_bytes() for path in (root / "run").rglob("*") if path.is_file()}
+    kept = files()
     with pytest.raises(
         CheckpointError, match=r"holds \S+ of shape .* continue with the config it was trained"
     ):
@@ -150,4 +156,4 @@ def test_another_models_configuration_is_refused_and_the_run_left_alone(root: Pa
         CheckpointError, match=r"holds \S+ of shape \S+ \S+ the config's model has it not at all"
     ):
         Trainer(short(root, "run", "model.num_layers=1"), SOLO)
-    assert {path: path.read_bytes() for path in (root / "run").rglob("*") if path.is_file()} == kept
+    assert files() == kept
