@@ -1,6 +1,7 @@
-"""Step time of every way of dividing a model on the CPU, beside peers: gloo ranks of one thread, fp32.
+"""Step time of every way of dividing a model on the CPU, beside peers: gloo ranks of one thread.
 
-    python benchmarks/parallel_cpu.py                          everything, at hidden 256 and 1024
+    python benchmarks/parallel_cpu.py                          everything in fp32, at hidden 256 and 1024
+    python benchmarks/parallel_cpu.py --precision bf16         data parallelism in bf16
     python benchmarks/parallel_cpu.py --only 'zero3 2*'        cases by name, a shell pattern
     python benchmarks/parallel_cpu.py --hidden 256 --pairs 3   one size, fewer rounds
     python benchmarks/parallel_cpu.py --batch 1                fewer samples a rank, so less computation
@@ -14,8 +15,12 @@ of all ranks, which a busy machine disturbs less, what a rank asks to have sent 
 processes that share nothing: the part of every contender's time that no way of dividing the model changes,
 but for the optimizer's part in it, which ZeRO divides.
 
-Needs `pip install deepspeed`, and `pip install --no-deps megatron-core`, for these two peers; one that
-is not installed or does not run is left out and said so.
+Data parallelism is compared twice. A peer around our model has our arithmetic, so that the ratio is of the
+engines alone, and hardly below the share that computation has. A peer "of transformers" trains the same
+model as `LlamaForCausalLM`, and without our setting of the allocator, which is what its users have.
+
+Needs `pip install deepspeed transformers`, and `pip install --no-deps megatron-core`, for these peers;
+one that is not installed or does not run is left out and said so.
 """
 
 from __future__ import annotations
@@ -26,9 +31,12 @@ import json
 import statistics
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workers import Step, Worker, race, ratio, serve
+
+if TYPE_CHECKING:
+    from parallel_ours import Shape
 
 
 class Case(NamedTuple):
@@ -45,41 +53,36 @@ class Case(NamedTuple):
         return [self.ours, *self.peers, *(["alone"] if self.name.startswith("zero") else [])]
 
 
-def cases() -> list[Case]:
-    """All comparisons of one size."""
+def cases(precision: str) -> list[Case]:
+    """All comparisons of one size; in bf16 those whose peers have fp32 master weights by themselves."""
+    wrapped = {
+        "zero0": {"ddp": 1.0},
+        "zero1": {"deepspeed zero1": 0.8},
+        "zero2": {"deepspeed zero2": 0.8, "fsdp2 kept": 0.6},
+        "zero3": {"deepspeed zero3": 0.8, "fsdp2 resharded": 0.6},
+    }
     found = []
     for ranks in (2, 4):
-        found += [
-            Case(f"zero0 {ranks}", ranks, "megalite zero0", {"ddp": 1.0}),
-            Case(f"zero1 {ranks}", ranks, "megalite zero1", {"deepspeed zero1": 0.8}),
-            Case(
-                f"zero2 {ranks}",
-                ranks,
-                "megalite zero2",
-                {"deepspeed zero2": 0.8, "fsdp2 kept": 0.6},
-            ),
-            Case(
-                f"zero3 {ranks}",
-                ranks,
-                "megalite zero3",
-                {"deepspeed zero3": 0.8, "fsdp2 resharded": 0.6},
-            ),
-        ]
+        for name, peers in wrapped.items():
+            of_transformers = {f"{peer} of transformers": goal for peer, goal in peers.items()}
+            found.append(Case(f"{name} {ranks}", ranks, f"megalite {name}", peers | of_transformers))
+    if precision == "bf16":
+        return found
     for name in ("tp", "tp+sp"):
-        peers = {f"dtensor {name}": 0.7, f"megatron-core {name}": 1.0}
-        found.append(Case(f"{name} 2", 2, f"megalite {name}", peers))
+        divided = {f"dtensor {name}": 0.7, f"megatron-core {name}": 1.0}
+        found.append(Case(f"{name} 2", 2, f"megalite {name}", divided))
     found.append(Case("pp 2", 2, "megalite pp", {"torch pp": 1.0}))
     return found
 
 
-def build(contender: str, hidden: int, batch: int) -> Step:
+def build(contender: str, shape: Shape) -> Step:
     """A contender's step, in a process that is one of its ranks."""
     import parallel_ours as ours
     import parallel_peers as peers
 
-    shape = ours.SHAPES[hidden]._replace(batch=batch)
-    who, how = (contender + " ").split(" ", 1)
-    how = how.strip()
+    who, _, how = contender.partition(" ")
+    how, _, model = how.partition("of ")
+    build_model = peers.LlamaOfTransformers if model == "transformers" else ours.TrainedTransformer
     if who == "alone":
         return ours.engine_step(shape, alone=True)
     if who == "megalite":
@@ -88,27 +91,31 @@ def build(contender: str, hidden: int, batch: int) -> Step:
         if how == "pp":
             return ours.pipeline_step(shape)
         return ours.engine_step(shape, tp=2, sequence="sp" in how)
+    if who == "ddp":
+        return peers.ddp_step(shape, build_model(shape))
     if who == "deepspeed":
-        return peers.deepspeed_step(shape, int(how[-1]))
+        return peers.deepspeed_step(shape, build_model(shape), stage=int(how.strip()[-1]))
     if who == "fsdp2":
-        return peers.fsdp_step(shape, reshard=how == "resharded")
+        return peers.fsdp_step(shape, build_model(shape), reshard=how.strip() == "resharded")
     if who == "dtensor":
         return peers.dtensor_step(shape, "sp" in how)
     if who == "megatron-core":
         return peers.megatron_step(shape, "sp" in how)
-    return peers.torch_pipeline_step(shape) if who == "torch" else peers.ddp_step(shape)
+    return peers.torch_pipeline_step(shape)
 
 
-def work(contender: str, hidden: int, batch: int) -> None:
+def work(contender: str, hidden: int, batch: int, precision: str) -> None:
     """Be one rank of a contender."""
+    import parallel_ours
     import torch
     from traffic import Traffic, mib
 
     from megalite.engines.allocator import keep_freed_memory
 
     torch.set_num_threads(1)
-    keep_freed_memory()
-    step = build(contender, hidden, batch)
+    if not contender.endswith("of transformers"):  # around our model the engines alone are compared
+        keep_freed_memory()
+    step = build(contender, parallel_ours.SHAPES[hidden]._replace(batch=batch, precision=precision))
     first = step()
     step()
     with Traffic() as traffic:
@@ -116,11 +123,12 @@ def work(contender: str, hidden: int, batch: int) -> None:
     serve(step, first=first, sent_mib=mib(traffic.total), calls=sum(traffic.calls.values()))
 
 
-def run(case: Case, hidden: int, batch: int, pairs: int, steps: int) -> dict[str, Any]:
+def run(case: Case, hidden: int, batch: int, precision: str, pairs: int, steps: int) -> dict[str, Any]:
     """Race a case's contenders; its figures."""
 
     def start(contender: str) -> Worker:
-        return Worker(contender, [__file__, "--worker", contender, str(hidden), str(batch)], case.ranks)
+        command = [__file__, "--worker", contender, str(hidden), str(batch), precision]
+        return Worker(contender, command, case.ranks)
 
     workers, left_out = race([partial(start, name) for name in case.contenders], pairs, steps)
     figures: dict[str, Any] = {"left_out": left_out, "contenders": {}, "ratios": {}}
@@ -142,12 +150,12 @@ def run(case: Case, hidden: int, batch: int, pairs: int, steps: int) -> dict[str
     return figures
 
 
-def show(case: Case, hidden: int, figures: dict[str, Any]) -> None:
+def show(title: str, figures: dict[str, Any]) -> None:
     """A case's lines of the table."""
-    print(f"\n{case.name} ranks, hidden {hidden}")
+    print(f"\n{title}")
     for label, f in figures["contenders"].items():
         loss = " → ".join("-" if value is None else f"{value:.2f}" for value in f["loss"])
-        row = f"  {label:<20} {1e3 * f['median_s']:6.0f} ms  {1e3 * f['median_cpu_s']:6.0f} CPU ms  "
+        row = f"  {label:<33} {1e3 * f['median_s']:6.0f} ms  {1e3 * f['median_cpu_s']:6.0f} CPU ms  "
         row += f"{f['peak_mib']:5.0f} MiB  "
         row += f"sends {f['sent_mib']:8.2f} MiB in {f['calls']:3} calls  loss {loss}"
         if found := figures["ratios"].get(label):
@@ -163,26 +171,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--only", default="*", help="cases whose name fits this shell pattern")
     parser.add_argument("--hidden", type=int, choices=[256, 1024], help="one size (default both)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="(default fp32)")
     parser.add_argument("--batch", type=int, default=4, help="samples a rank, of 256 tokens (default 4)")
     parser.add_argument("--pairs", type=int, default=9, help="rounds (default 9)")
     parser.add_argument("--steps", type=int, default=3, help="steps a round (default 3)")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     if args.worker:
-        work(args.worker[0], *map(int, args.worker[1:]))
+        contender, hidden, batch, precision = args.worker
+        work(contender, int(hidden), int(batch), precision)
         return
-    chosen = [case for case in cases() if fnmatch.fnmatch(case.name, args.only)]
+    known = cases(args.precision)
+    chosen = [case for case in known if fnmatch.fnmatch(case.name, args.only)]
     if not chosen:
-        parser.error(f"--only {args.only!r} fits none of: {', '.join(case.name for case in cases())}")
+        parser.error(f"--only {args.only!r} fits none of: {', '.join(case.name for case in known)}")
     report: dict[str, Any] = {}
     for hidden in [args.hidden] if args.hidden else [256, 1024]:
         for case in chosen:
-            figures = run(case, hidden, args.batch, args.pairs, args.steps)
-            report[f"{case.name} hidden {hidden}"] = figures
-            show(case, hidden, figures)
+            figures = run(case, hidden, args.batch, args.precision, args.pairs, args.steps)
+            title = f"{case.name} ranks, hidden {hidden}, {args.precision}"
+            report[title] = figures
+            show(title, figures)
             if args.out:
                 args.out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -26,6 +26,7 @@ class Shape(NamedTuple):
     vocab: int
     batch: int
     seq: int
+    precision: str = "fp32"
 
     @property
     def model(self) -> ModelConfig:
@@ -59,6 +60,11 @@ class TrainedTransformer(Transformer):
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape.model)
         draw(self)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Its blocks."""
+        return list(self.blocks.values())
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
         """The loss; all in one forward, so that hooks around it see every use of a parameter."""
@@ -120,7 +126,7 @@ def engine_step(
                 "steps": 1,
                 "global_batch_size": shape.batch * mesh.dp.size,
                 "micro_batch_size": shape.batch,
-                "precision": "fp32",
+                "precision": shape.precision,
             },
         }
     )

@@ -1,7 +1,8 @@
 """What `parallel_cpu.py` compares with: torch's own parallelism, DeepSpeed and Megatron-core.
 
-All that wrap a model are given ours. Tensor parallelism needs the peer's own layers, so DTensor has a
-model of torch's layers with our arithmetic between them, and Megatron-core its GPTModel.
+What wraps a model is given ours, or the one of `transformers`. Tensor parallelism needs the peer's own
+layers, so DTensor has a model of torch's layers with our arithmetic between them, and Megatron-core its
+GPTModel.
 """
 
 from __future__ import annotations
@@ -22,6 +23,38 @@ from megalite.parallel.mesh import build_mesh
 from megalite_kernels import attention, rope, swiglu
 
 
+class LlamaOfTransformers(nn.Module):
+    """The same model by `transformers`, called as `TrainedTransformer` is."""
+
+    def __init__(self, shape: Shape) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        super().__init__()
+        self.llama = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=shape.vocab,
+                hidden_size=shape.hidden,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=shape.heads,
+                intermediate_size=shape.ffn,
+                rms_norm_eps=shape.model.norm_eps,
+                use_cache=False,
+            )
+        )
+        draw(self)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Its blocks."""
+        layers: nn.ModuleList = self.llama.model.layers
+        return layers
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss, as its own loss function forms it."""
+        logits = self.llama(input_ids=tokens).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
 def torch_step(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> Step:
     """Backward, torch's clipping and its fused AdamW."""
     optimizer = adamw(parameters)
@@ -37,39 +70,46 @@ def torch_step(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -
     return step
 
 
-def ddp_step(shape: Shape) -> Step:
-    """DistributedDataParallel around our model."""
+def ddp_step(shape: Shape, model: nn.Module) -> Step:
+    """DistributedDataParallel, in bf16 with autocast."""
     from torch.nn.parallel import DistributedDataParallel
 
     mesh = build_mesh()
-    model = DistributedDataParallel(TrainedTransformer(shape), gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     tokens, labels = shape.data(seed=mesh.rank)
-    return torch_step(lambda: model(tokens, labels), list(model.parameters()))
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=shape.precision == "bf16"):
+            value: Tensor = wrapped(tokens, labels)
+        return value
+
+    return torch_step(loss, list(wrapped.parameters()))
 
 
-def fsdp_step(shape: Shape, reshard: bool) -> Step:
+def fsdp_step(shape: Shape, model: LlamaOfTransformers | TrainedTransformer, reshard: bool) -> Step:
     """FSDP2, a group for each block and one for the rest, as its documentation has it."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = build_mesh()
-    model = TrainedTransformer(shape)
+    policy = MixedPrecisionPolicy()
+    if shape.precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     devices = init_device_mesh("cpu", (mesh.size,))
-    for block in model.blocks.values():
-        fully_shard(block, mesh=devices, reshard_after_forward=reshard)
-    fully_shard(model, mesh=devices, reshard_after_forward=reshard)
+    for block in model.layers:
+        fully_shard(block, mesh=devices, reshard_after_forward=reshard, mp_policy=policy)
+    fully_shard(model, mesh=devices, reshard_after_forward=reshard, mp_policy=policy)
     tokens, labels = shape.data(seed=mesh.rank)
     return torch_step(lambda: model(tokens, labels), list(model.parameters()))
 
 
-def deepspeed_step(shape: Shape, stage: int) -> Step:
-    """DeepSpeed around our model, with its defaults but for the bucket, which is ours."""
+def deepspeed_step(shape: Shape, model: nn.Module, stage: int) -> Step:
+    """DeepSpeed with its defaults."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     mesh = build_mesh()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    model = TrainedTransformer(shape)
     settings = {
         "train_micro_batch_size_per_gpu": shape.batch,
         "gradient_accumulation_steps": 1,
@@ -77,6 +117,7 @@ def deepspeed_step(shape: Shape, stage: int) -> Step:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": shape.precision == "bf16"},
     }
     optimizer = adamw(model.parameters())
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
