@@ -30,6 +30,7 @@ from megalite.errors import PreemptedError
 from megalite.parallel.mesh import Mesh
 from megalite.resilience import ladder
 from megalite.resilience.preempt import PreemptionFlag
+from megalite.run_folder import LOCK
 from tests.faults.kills import OnEachLine, Point, Recorded, dies_at, meet, one_rank_each
 from tests.ranks import join_ranks, run_ranks, spawn_ranks
 from tests.trainer.poison import poison, rollbacks, run
@@ -38,9 +39,9 @@ from tests.trainer.runs import lay_out, tiny, write_dataset
 BAD = range(8, 16)  # what the steps 3 and 4 read: the first is left out, the second makes it a spike
 DETECTED = 4
 FILES = tuple(str(m.__file__) for m in (trainer, recovery, ladder, log, writer, snapshots, native, loader))
-FOR_PEOPLE = ("flight/", "hangs/")
+FOR_PEOPLE = ("flight/", "hangs/", LOCK)  # the lock says who had it
 PASSING = re.compile(rb'"(crc32|unix_s|tokens_per_s|goodput|step_s|data_wait_s)": ?"?[0-9a-f.-]+')
-TOGETHER = 6  # runs that are killed at once, for their survivors wait
+TOGETHER = 14  # runs that are killed at once, for their survivors wait
 
 
 @dataclass(frozen=True)
