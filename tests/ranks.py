@@ -29,7 +29,9 @@ import torch.distributed as dist
 
 from megalite.parallel.mesh import Axis, Mesh, build_mesh
 
+# The last is what torch imports at a pipeline stage's first backward.
 PRELOAD = ["torch", "torch.distributed", "megalite.trainer", "numpy", "pytest", "hypothesis"]
+PRELOAD += ["torch.fx.experimental.symbolic_shapes"]
 SOLO = Mesh(rank=0, size=1, dp=Axis(), device=torch.device("cpu"))  # for code that needs no second rank
 _GRACE_S = 0.3  # for the other ranks to report as well, once one has failed
 

@@ -183,9 +183,9 @@ class _Run:
         """The whole backward, or its input half: the layers know from their forward which it is."""
         key = (action.stage, action.micro_batch)
         kept = self.kept[key] if action.kind is Kind.INPUT_GRAD else self.kept.pop(key)
+        # None where the output is the loss, and not ones: given a gradient, torch compares shapes by means of
+        # sympy, whose import takes half a second.
         gradient = self._take(action)
-        if gradient is None:
-            gradient = torch.ones((), dtype=self.results[action.micro_batch].dtype, device=self.device)
         if kept.output is not None:
             with deferring(kept.gradients):
                 torch.autograd.backward(kept.output, gradient)
