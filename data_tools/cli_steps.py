@@ -160,10 +160,8 @@ def _build(args: argparse.Namespace) -> int:
         raise DataError("no recipe named; configs/corpus.toml is an example, --keys lists all settings")
     recipe = load_recipe(args.recipe, args.settings)
     if args.dry_run:
-        print(
-            f"# steps: {', '.join(step.name for step in plan(recipe, args.until))}\n\n{to_toml(recipe)}",
-            end="",
-        )
+        names = ", ".join(step.name for step in plan(recipe, args.until))
+        print(f"# steps: {names}\n\n{to_toml(recipe)}", end="")
         return 0
     with build_crew(args, Path(recipe.out)) as crew:
         page = build(recipe, crew, args.until)

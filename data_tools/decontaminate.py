@@ -236,9 +236,8 @@ def _clean_part(
         text = texts(batch.column("text"))
         words = split_rows(text, np.arange(batch.num_rows))
         is_hit, pairs = find_hits(words, tables)
-        counts = flow.histograms.setdefault(HITS, {})
-        for item, number in zip(*np.unique(pairs[:, 1], return_counts=True), strict=True):
-            counts[str(item)] = counts.get(str(item), 0) + int(number)
+        items, numbers = np.unique(pairs[:, 1], return_counts=True)
+        flow.tally_counts(HITS, zip(map(str, items.tolist()), numbers.tolist(), strict=True))
         hit = np.concatenate([[0], np.cumsum(is_hit)])[words.bounds]
         hit, total = np.diff(hit), np.diff(words.bounds)
         is_bad = hit > settings.max_overlap * total

@@ -82,13 +82,19 @@ class Flow:
 
     def tally(self, histogram: str, labels: Iterable[str]) -> None:
         """Count labels in a histogram."""
-        self._tally(histogram, ((label, 1) for label in labels))
+        self.tally_counts(histogram, ((label, 1) for label in labels))
+
+    def tally_counts(self, histogram: str, counts: Iterable[tuple[str, int]]) -> None:
+        """Add counts of labels, which may come more than once, to a histogram."""
+        bins = self.histograms.setdefault(histogram, {})
+        for label, number in counts:
+            bins[label] = bins.get(label, 0) + number
 
     def tally_lengths(self, batch: pa.RecordBatch) -> None:
         """Count documents by the power of two their bytes lie above."""
         powers = np.floor(np.log2(np.maximum(texts(batch.column("text")).sizes, 1))).astype(int)
         numbers = enumerate(np.bincount(powers).tolist())
-        self._tally("length", ((str(2**power), number) for power, number in numbers if number))
+        self.tally_counts("length", ((str(2**power), number) for power, number in numbers if number))
 
     def merge(self, other: Flow) -> None:
         """Add what a later task counted."""
@@ -101,7 +107,7 @@ class Flow:
             for example in examples:
                 self.example(example["source"], reason, example["id"], example["text"], example["why"])
         for histogram, bins in other.histograms.items():
-            self._tally(histogram, bins.items())
+            self.tally_counts(histogram, bins.items())
         for name, number in other.counters.items():
             self.count(name, number)
 
@@ -152,11 +158,6 @@ class Flow:
             for reason, dropped in counts["dropped"].items():
                 total[reason] = total.get(reason, 0) + dropped["documents"]
         return dict(sorted(total.items()))
-
-    def _tally(self, histogram: str, bins: Iterable[tuple[str, int]]) -> None:
-        counts = self.histograms.setdefault(histogram, {})
-        for label, number in bins:
-            counts[label] = counts.get(label, 0) + number
 
     def _source(self, source: str) -> dict[str, Any]:
         empty = {"in_documents": 0, "in_bytes": 0, "out_documents": 0, "out_bytes": 0, "dropped": {}}

@@ -17,11 +17,8 @@ from megalite.errors import ConfigError, is_unicode
 
 M = TypeVar("M", bound=BaseModel)
 
-_TOML_NAMES = {
-    "tuple_type": "a list",
-    "model_type": "a table",
-    "dict_type": "a table",
-}  # for pydantic's words
+# By pydantic's kind of error: what TOML calls what should have been there.
+_TOML_NAMES = {"tuple_type": "a list", "model_type": "a table", "dict_type": "a table"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
