@@ -65,6 +65,8 @@ def cases(precision: str) -> list[Case]:
     for ranks in (2, 4):
         for name, peers in wrapped.items():
             of_transformers = {f"{peer} of transformers": goal for peer, goal in peers.items()}
+            if precision == "bf16" and name == "zero0":  # autocast knows nothing of our operations
+                peers = {}
             found.append(Case(f"{name} {ranks}", ranks, f"megalite {name}", peers | of_transformers))
     if precision == "bf16":
         return found

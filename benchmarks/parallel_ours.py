@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from workers import Step
 
 from megalite.config import ModelConfig
-from megalite.model.attention import rotation
-from megalite.model.transformer import Transformer
+from megalite.model.transformer import Part, Transformer
 from megalite.parallel.mesh import ALONE, Axis, Mesh, MeshShape, build_mesh
-from megalite_kernels import embedding, linear_cross_entropy
+from megalite_kernels import linear_cross_entropy
 
 
 class Shape(NamedTuple):
@@ -157,36 +156,29 @@ def engine_step(
 
 
 class Stage(nn.Module):
-    """Half of our model: what both pipeline executors run."""
+    """A rank's layers of our model: what both pipeline executors run."""
 
     def __init__(self, shape: Shape, axis: Axis) -> None:
         super().__init__()
-        whole = Transformer(shape.model)
-        draw(whole)
         per_stage = shape.layers // axis.size
+        self.layers = range(axis.rank * per_stage, (axis.rank + 1) * per_stage)
         self.shape = shape
         self.is_first, self.is_last = axis.rank == 0, axis.rank == axis.size - 1
-        self.blocks = nn.ModuleList(whole.blocks.values())[
-            axis.rank * per_stage : (axis.rank + 1) * per_stage
-        ]
-        self.embedding = whole.embedding if self.is_first else None
-        self.norm = whole.norm if self.is_last else None
-        self.head = whole.head if self.is_last else None
-        self.turn = rotation(torch.arange(shape.seq)[None], shape.model)
+        self.part = Transformer(shape.model, part=Part(self.layers, self.is_first, self.is_last))
+        draw(self, seed=axis.rank)
+        self.positions = torch.arange(shape.seq)[None]
+        self.shared = self.part.share((1, shape.seq), self.positions, None, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [1, seq] on the first stage, else [seq, hidden]; returns [seq, hidden]."""
-        if self.embedding is not None:
-            x = embedding(x.flatten(), self.embedding)
-        for block in self.blocks:
-            x = block(x, 1, self.turn)
-        return x if self.norm is None else self.norm(x)
+        if self.is_first:
+            x = self.part.embed(x, self.positions, self.shared)
+        return self.part.run_blocks(x, self.layers, self.shared)
 
-    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """This micro-batch's share of the mean loss; hidden [seq, hidden]; labels [1, seq]."""
-        assert self.head is not None
-        total, _ = linear_cross_entropy(hidden, self.head, labels.flatten())
-        return total / (self.shape.batch * self.shape.seq)
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """This micro-batch's share of the mean loss; x [seq, hidden], labels [1, seq]."""
+        losses = self.part.stream_loss(x, labels, z_loss=0.0, chunk_bytes=None)
+        return losses.total / (self.shape.batch * self.shape.seq)
 
 
 def stage_shape(shape: Shape) -> Shape:

@@ -5,6 +5,7 @@ The process that opens them may take 100 MiB more memory than it has when it beg
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ import pyarrow as pa
 import zstandard
 
 from megalite.data.ipc import shard_schema
+from megalite.data.manifest import BATCH_COLUMNS
 from megalite.data.shards import Dataset
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import DataError
@@ -64,7 +66,7 @@ def with_message(folder: Path, message: bytes, documents: int = 1, tokens: int =
     (folder / "shard_00000.arrow").write_bytes(message)
     size, crc = len(message), zlib.crc32(message)
     row = {"offset": 0, "bytes": size, "crc32": crc, "documents": documents, "tokens": tokens}
-    columns = {key: [value] for key, value in row.items()}
+    columns = {key: packed(key, value) for key, value in row.items()}
     shard = {
         "file": "shard_00000.arrow",
         "bytes": size,
@@ -202,9 +204,15 @@ def with_link(name: str, target: str) -> Make:
     return make
 
 
-def batches(**columns: list[Any]) -> Make:
-    """An honest dataset with other columns of batches."""
-    return with_manifest(lambda content: content["shards"][0]["batches"].update(columns))
+def packed(key: str, *values: int) -> str:
+    """A column of a manifest's `batches`."""
+    return base64.b64encode(np.array(values, dtype=BATCH_COLUMNS[key]).tobytes()).decode()
+
+
+def batches(**columns: Any) -> Make:
+    """An honest dataset with other columns of batches: lists of numbers, or what stands in the file."""
+    written = {key: packed(key, *v) if type(v) is list else v for key, v in columns.items()}
+    return with_manifest(lambda content: content["shards"][0]["batches"].update(written))
 
 
 def with_pipe(folder: Path) -> None:
@@ -290,13 +298,14 @@ CASES: dict[str, Make] = {
     "a manifest that is a link": with_link("manifest.json", "/dev/zero"),
     "a tokenizer that is a link": with_link("tokenizer.json", "/dev/zero"),
     "a pipe": with_pipe,
-    "2^62 tokens": batches(tokens=[2**62]),
+    "2^32 − 1 tokens": batches(tokens=[2**32 - 1]),
     "2^31 − 1 tokens": batches(tokens=[2**31 - 1]),
-    "negative tokens": batches(tokens=[-50]),
-    "a negative offset": batches(offset=[-8]),
-    "an offset of 10^400": batches(offset=[10**400]),
-    "tokens that are no number": batches(tokens=[float("nan")]),
-    "a fraction of a document": batches(documents=[0.5]),
+    "an offset of 2^64 − 8": batches(offset=[2**64 - 8]),
+    "2^63 bytes": batches(bytes=[2**63]),
+    "a number for a column": batches(tokens=10**400),
+    "a column of numbers": batches(tokens=(50,)),
+    "a column that is not base64": batches(tokens="50, 51"),
+    "a column cut off": batches(offset="AAAAAAAA"),
     "no batches": batches(offset=[], bytes=[], crc32=[], documents=[], tokens=[]),
     "a vocabulary of 2^60": with_manifest(lambda c: c["tokenizer"].update(vocab_size=2**60)),
     "deep JSON": with_text(b'{"a":' * 200_000),

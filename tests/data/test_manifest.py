@@ -14,6 +14,7 @@ from megalite.data.shards import Dataset
 from megalite.errors import DataError
 
 from .datasets import edit_manifest, random_documents, write
+from .hostile import packed
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -72,11 +73,15 @@ def _set(*path_and_value):
     return change
 
 
+def _column(key, *values):
+    return _set("shards", 0, "batches", key, packed(key, *values))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (_set("format", "other"), 'format is "other"'),
-        (_set("version", 1), "version is 1; this megalite reads version 2"),
+        (_set("version", 1), "version is 1; this megalite reads version 3"),
         (_set("dtype", "uint32"), 'dtype is "uint32" but its parts make uint16'),
         (_set("tokens", 49), "tokens is 49 but its parts make 50"),
         (_set("documents", True), "documents is true"),
@@ -87,17 +92,24 @@ def _set(*path_and_value):
         (_set("shards", 0, 7), "shards.0. is 7"),
         (_set("shards", 0, "bytes", -1), r"shards\[0\].bytes is -1"),
         (_set("shards", 0, "bytes", "9"), r"shards\[0\].bytes is \"9\""),
-        (_set("shards", 0, "batches", "tokens", [1, 2]), "columns of lengths"),
-        (_set("shards", 0, "batches", "tokens", [2**31]), "out of range"),
-        (_set("shards", 0, "batches", "tokens", [1e300]), "not an integer"),
-        (_set("shards", 0, "batches", "offset", [2**52]), "leave the file's"),
-        (_set("shards", 0, "batches", "bytes", [0]), "are empty"),
+        (_column("tokens", 1, 2), "columns of lengths"),
+        (_column("tokens", 2**31), "out of range"),
+        (_set("shards", 0, "batches", "tokens", [50]), "tokens is a list of 1; expected a string"),
+        (_set("shards", 0, "batches", "tokens", "MgAAA"), 'tokens is "MgAAA"; expected base64 of 4-byte'),
+        (_set("shards", 0, "batches", "tokens", "Mg=="), 'tokens is "Mg=="; expected base64 of 4-byte'),
+        (_set("shards", 0, "batches", "tokens", "MgAA\n=="), "expected base64"),
+        (_set("shards", 0, "batches", "tokens", "MgAAé"), "expected base64"),
+        (_column("bytes"), "columns of lengths"),
+        (_column("offset", 2**53), "offset holds 9007199254740992; expected integers in"),
+        (_column("offset", 2**64 - 1), "offset holds 18446744073709551615"),
+        (_column("offset", 2**52), "leave the file's"),
+        (_column("bytes", 0), "are empty"),
         (_set("shards", 0, "arrow_bytes", 1), "but arrow_bytes=1; it is not compressed"),
         (_set("loss_mask", 1), "loss_mask is 1; expected true or false"),
         (_set("loss_mask", None), "loss_mask is null"),
         (_set("empty_documents", -1), "empty_documents is -1"),
         (_set("shards", 0, "file", "x" * 300), "expected a plain file name"),
-        (_set("shards", 0, "batches", "documents", [51]), "out of range"),
+        (_column("documents", 51), "out of range"),
         (_set("tokenizer", "vocab_size", 200), "eos_id=256 is not below vocab_size=200"),
         (_set("tokenizer", "kind", None), "tokenizer.kind is null; expected a string"),
         (_set("tokenizer", "fingerprint", "0" * 64), "not the tokenizer of this dataset"),
