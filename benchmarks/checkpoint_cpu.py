@@ -77,7 +77,8 @@ def main() -> None:
                 keys = config.checkpoint.model_copy(
                     update={"asynchronous": value, "every_steps": 0, "keep_last": 1}
                 )
-                writers[name] = Writer(config.model_copy(update={"checkpoint": keys}), mesh, log, 0)
+                saving = config.model_copy(update={"checkpoint": keys})
+                writers[name] = Writer(saving, mesh, log, 0, engine.num_parameters)
             for number in range(args.rounds + 1):
                 for name, writer in writers.items():
                     plain = steps()

@@ -10,9 +10,9 @@ counted is tokens of whole batches ready for the model, state and collation incl
 over rounds of tokens over wall time and over processor time; the latter a busy machine disturbs less.
 Beside it stands the first round, in which we check every CRC; the memory of the process at the end (and
 how much it grew over the last half of the epoch); and the time from an opened dataset to the first batch
-at 75 % of an epoch, the median of several fresh processes. Figures of ours alone come last: looking up samples among
-10¹⁰, how far a blend's prefixes are from its weights, and the processor time from the manifest of 10¹¹
-tokens to a first batch of one shard's.
+at 75 % of an epoch, the median of several fresh processes. Figures of ours alone come last: looking up
+samples among 10¹⁰, how far a blend's prefixes are from its weights, and the processor time from the manifest
+of 10¹¹ tokens to a first batch.
 
 A peer that is not installed is left out and said so: litdata, datasets, mosaicml-streaming, megatron-core.
 """
