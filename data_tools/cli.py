@@ -168,7 +168,9 @@ def _tokenize_text(args: argparse.Namespace) -> int:
         "compression": args.compression,
     }
     if (stats := finished_build(args.to, recipe)) is not None:
-        print(f"{args.to} is already built\n{stats.summary()}")
+        is_other = _is_other_text(args.text, stats.text)
+        change = f", from other text than {' '.join(args.text)} holds now: remove it to build anew"
+        print(f"{args.to} is already built{change if is_other else ''}\n{stats.summary()}")
         return 0
     corpus = Corpus(args.text, None if args.max_mib is None else int(args.max_mib * 2**20))
     tokenizer = _tokenizer(args, corpus)
@@ -181,10 +183,25 @@ def _tokenize_text(args: argparse.Namespace) -> int:
             valid_fraction=args.valid_fraction,
             compression=args.compression,
             recipe=recipe,
+            text=corpus.fingerprints(),
             progress=lambda done: update(done, total),
         )
     print(f"{args.to}: {corpus.counts.summary()}\n{stats.summary()}")
     return 0
+
+
+def _is_other_text(places: list[str], before: list[str]) -> bool:
+    """Whether these places have changed; not if they are gone, or would have to be downloaded."""
+    from data_tools.ingest import Corpus
+    from data_tools.ingest.hub import PREFIX
+    from megalite.errors import DataError
+
+    if any(place.startswith(PREFIX) for place in places):
+        return False
+    try:
+        return Corpus(places).fingerprints() != before
+    except DataError:
+        return False
 
 
 def _tokenizer(args: argparse.Namespace, corpus: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ class Part:
 class BuildStats:
     """What a build made, as kept in stats.json.
 
-    `unigram_entropy` is what the function of that name says.
+    `unigram_entropy` is what the function of that name says; `text` the fingerprints of what was read.
     """
 
     train: Part
@@ -56,6 +56,7 @@ class BuildStats:
     bytes_per_token: float
     unigram_entropy: float
     recipe: dict[str, Any]
+    text: list[str]
 
     def summary(self) -> str:
         """A few lines for people."""
@@ -77,12 +78,13 @@ def build_shards(
     valid_fraction: float = 0.02,
     compression: str | None = None,
     recipe: dict[str, Any] | None = None,
+    text: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> BuildStats:
     """Write `out/train`, `out/valid` and `out/stats.json`; `out` appears whole or not at all.
 
     Every document gets the tokenizer's eos at its end. `recipe` is kept in stats.json, for
-    `finished_build` to compare. `progress(n)` is called with the bytes of text done so far.
+    `finished_build` to compare, and `text`. `progress(n)` is called with the bytes of text done so far.
 
     Raises:  DataError if `out` is taken, either dataset would be empty, or the disk refuses
     """
@@ -104,7 +106,7 @@ def build_shards(
                 tally[is_held_out].add(document, tokens)
                 if progress is not None:
                     progress(sum(part.text_bytes for part in tally.values()))
-        stats = _stats(tally[False], tally[True], recipe or {})
+        stats = _stats(tally[False], tally[True], recipe or {}, list(text))
         with disk_errors(out):
             (staging / STATS_FILE).write_text(json.dumps(asdict(stats), indent=2) + "\n", encoding="utf-8")
             commit_folder(staging, out)
@@ -211,7 +213,7 @@ class _Tally:
         return Part(self.documents, int(self.frequency.sum()), self.text_bytes)
 
 
-def _stats(train: _Tally, valid: _Tally, recipe: dict[str, Any]) -> BuildStats:
+def _stats(train: _Tally, valid: _Tally, recipe: dict[str, Any], text: list[str]) -> BuildStats:
     parts = train.part(), valid.part()
     return BuildStats(
         train=parts[0],
@@ -220,4 +222,5 @@ def _stats(train: _Tally, valid: _Tally, recipe: dict[str, Any]) -> BuildStats:
         bytes_per_token=sum(part.text_bytes for part in parts) / sum(part.tokens for part in parts),
         unigram_entropy=unigram_entropy(train.frequency, valid.frequency),
         recipe=recipe,
+        text=text,
     )

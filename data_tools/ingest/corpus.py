@@ -131,6 +131,12 @@ class Corpus:
         total = sum(piece.size for piece in pieces)
         return min(total, self._max_bytes) if self._max_bytes is not None else total
 
+    def fingerprints(self) -> list[str]:
+        """Of each place, what changes when a file there does, comes or goes."""
+        return [
+            listing.fingerprint(source) for source, listing in zip(self._sources, self._listed(), strict=True)
+        ]
+
     def _listed(self) -> list[Listing]:
         """The places' files, looked for once."""
         if not self._listings:

@@ -248,7 +248,11 @@ def test_the_command_line(tmp_path, capsys):
     assert megalite(*options) == 0
     assert "unigram entropy" in capsys.readouterr().out
     assert megalite(*options) == 0
-    assert "already built" in capsys.readouterr().out
+    assert f"{out} is already built\n" in capsys.readouterr().out
+    with text.open("a") as file:
+        file.write("And one more.\n")
+    assert megalite(*options) == 0
+    assert f"already built, from other text than {text} holds now: remove it" in capsys.readouterr().out
     with pytest.raises(DataError, match="was built with tokenizer='bpe', not 'byte'"):
         megalite("data", "tokenize", "--text", text, "--to", out, "--tokenizer", "byte")
     assert megalite("data", "verify", out) == 0
@@ -266,6 +270,9 @@ def test_the_command_line(tmp_path, capsys):
     two = Dataset(tmp_path / "two" / "train")
     assert two.tokenizer == Dataset(out / "train").tokenizer
     assert two.manifest.compression == "zstd"
+    text.unlink()
+    assert megalite(*options) == 0  # whoever goes on with a run may have no text any more
+    assert f"{out} is already built\n" in capsys.readouterr().out
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed():
