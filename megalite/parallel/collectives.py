@@ -10,7 +10,7 @@ bytes from another host are not to be executed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from megalite.parallel.flight import ALL_GATHER, ALL_REDUCE, RECEIVE, REDUCE_SCATTER, SEND, flight_log
 from megalite.parallel.mesh import Axis
+
+_SWAPPED_BYTES = 4 << 20  # of what two ranks reduce by sending each other all of it; more takes memory
+_EXCHANGE_TAG = 1 << 30  # of messages that make up a collective; a pipeline's count from 0
 
 
 class PeerError(dist.DistError):
@@ -43,8 +46,8 @@ def peer_errors() -> Iterator[None]:
 class Pending:
     """A communication that has been started, and its place in the flight log."""
 
-    def __init__(self, work: dist.Work, place: int) -> None:
-        self._work, self._place = work, place
+    def __init__(self, works: Sequence[dist.Work], place: int) -> None:
+        self._works, self._place = works, place
 
     def wait(self) -> None:
         """Have what follows see its result: the host on CPU, the current stream on CUDA.
@@ -53,7 +56,8 @@ class Pending:
         """
         began = flight_log.await_(self._place)
         with peer_errors():
-            self._work.wait()
+            for work in self._works:
+                work.wait()
         flight_log.end(self._place, began)
 
 
@@ -82,33 +86,20 @@ _reduce_scatter: Callable[..., dist.Work] = getattr(dist, "reduce_scatter_single
 def start_all_reduce(tensor: Tensor, axis: Axis) -> Pending:
     """Begin to sum `tensor` over an axis of at least two, in place; done once waited for."""
     place = _begin(ALL_REDUCE, axis, tensor)
-    return Pending(dist.all_reduce(tensor, group=axis.group, async_op=True), place)
+    if tensor.device.type == "cpu" and axis.size == 2 and tensor.nbytes <= _SWAPPED_BYTES:
+        other = torch.empty_like(tensor)  # as many bytes as a ring sends between two, in one step
+        return _Sum(tensor, [tensor, other], _exchange([tensor] * 2, [other] * 2, axis), place)
+    return Pending([dist.all_reduce(tensor, group=axis.group, async_op=True)], place)
 
 
 def start_reduce_scatter(output: Tensor, tensor: Tensor, axis: Axis) -> Pending:
     """Begin to sum `tensor` [axis.size · n] over the axis; rank r's part [n] lands in `output`."""
     place = _begin(REDUCE_SCATTER, axis, tensor)
     if tensor.device.type == "cpu":
-        return _Exchange(output, tensor, axis, place)
-    return Pending(_reduce_scatter(output, tensor, group=axis.group, async_op=True), place)
-
-
-class _Exchange(Pending):
-    """A reduce-scatter for gloo, whose own sends as much as an all-reduce, twice what there is to send.
-
-    Every rank sends every other its part, and sums what it gets in rank order.
-    """
-
-    def __init__(self, output: Tensor, tensor: Tensor, axis: Axis, place: int) -> None:
-        self._output, self._tensor = output, tensor
-        self._parts = tensor.new_empty(axis.size, *output.shape)
-        received = self._parts.view(tensor.shape)
-        work = dist.all_to_all_single(received, tensor, group=axis.group, async_op=True)
-        super().__init__(work, place)
-
-    def wait(self) -> None:
-        super().wait()
-        torch.sum(self._parts, 0, out=self._output)
+        parts = list(tensor.view(axis.size, *output.shape))
+        received = [part if rank == axis.rank else torch.empty_like(part) for rank, part in enumerate(parts)]
+        return _Sum(output, received, _exchange(parts, received, axis), place)
+    return Pending([_reduce_scatter(output, tensor, group=axis.group, async_op=True)], place)
 
 
 def start_all_gather(output: Tensor, part: Tensor, axis: Axis) -> Pending:
@@ -118,21 +109,60 @@ def start_all_gather(output: Tensor, part: Tensor, axis: Axis) -> Pending:
     """
     place = _begin(ALL_GATHER, axis, output)
     whole, part = output.view(torch.uint8), part.view(torch.uint8)
-    return Pending(_all_gather(whole, part, group=axis.group, async_op=True), place)
+    if part.device.type == "cpu":
+        received = list(whole.view(axis.size, -1))
+        if received[axis.rank].data_ptr() != part.data_ptr():
+            received[axis.rank].copy_(part.view(-1))
+        return Pending(_exchange([part] * axis.size, received, axis), place)
+    return Pending([_all_gather(whole, part, group=axis.group, async_op=True)], place)
+
+
+def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor], axis: Axis) -> list[dist.Work]:
+    """Begin to send each other rank its tensor, and to receive one of each.
+
+    Instead of gloo's reduce-scatter, which sends as much as its all-reduce does, and of its all-gather and
+    all-to-all, which copy a rank's own part and wait for a thread.
+    """
+    works = []
+    with peer_errors():
+        for rank in range(axis.size):
+            if rank != axis.rank:
+                to, of = sent[rank], received[rank]
+                works.append(_posted(dist.irecv(of, group=axis.group, group_src=rank, tag=_EXCHANGE_TAG)))
+                works.append(_posted(dist.isend(to, group=axis.group, group_dst=rank, tag=_EXCHANGE_TAG)))
+    return works
+
+
+class _Sum(Pending):
+    """Parts on their way, to be summed in rank order."""
+
+    def __init__(
+        self, output: Tensor, parts: Sequence[Tensor], works: Sequence[dist.Work], place: int
+    ) -> None:
+        super().__init__(works, place)
+        self._output, self._parts = output, parts
+
+    def wait(self) -> None:
+        super().wait()
+        first, second, *others = self._parts
+        output = self._output.data  # counts no version, as no collective does
+        torch.add(first, second, out=output)
+        for part in others:
+            output.add_(part)
 
 
 def start_send(tensor: Tensor, receiver: int, axis: Axis, tag: int) -> Pending:
     """Begin to send to a rank of the axis; the tensor must stay as it is until waited for."""
     place = _begin(SEND, axis, tensor, receiver)
     with peer_errors():
-        return Pending(_posted(dist.isend(tensor, group=axis.group, group_dst=receiver, tag=tag)), place)
+        return Pending([_posted(dist.isend(tensor, group=axis.group, group_dst=receiver, tag=tag))], place)
 
 
 def start_receive(buffer: Tensor, sender: int, axis: Axis, tag: int) -> Pending:
     """Begin to receive from a rank of the axis into `buffer`."""
     place = _begin(RECEIVE, axis, buffer, sender)
     with peer_errors():
-        return Pending(_posted(dist.irecv(buffer, group=axis.group, group_src=sender, tag=tag)), place)
+        return Pending([_posted(dist.irecv(buffer, group=axis.group, group_src=sender, tag=tag))], place)
 
 
 def _posted(work: dist.Work | None) -> dist.Work:

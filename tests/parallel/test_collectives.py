@@ -1,4 +1,4 @@
-"""A lost peer is one kind of error, however a backend words it."""
+"""Collectives give what they say, and a lost peer is one kind of error, however a backend words it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalite.parallel.collectives import PeerError, Pending, all_reduce, gather_json
-from megalite.parallel.mesh import Mesh, build_mesh
+from megalite.parallel.collectives import (
+    PeerError,
+    Pending,
+    all_reduce,
+    gather_json,
+    start_all_gather,
+    start_receive,
+    start_reduce_scatter,
+    start_send,
+)
+from megalite.parallel.mesh import Axis, Mesh, build_mesh
 from tests.ranks import join_ranks, run_ranks, spawn_ranks
 
 
@@ -24,23 +33,75 @@ class _Broken:
 
 def test_every_wording_of_a_lost_peer_is_recognised() -> None:
     with pytest.raises(PeerError, match="pair closure") as caught:
-        Pending(cast(dist.Work, _Broken()), 0).wait()
+        Pending([cast(dist.Work, _Broken())], 0).wait()
     assert isinstance(caught.value, dist.DistError)  # what the command line ends with 76 for
 
 
-def _outlive() -> None:
+def _call(kind: str, axis: Axis) -> None:
+    if kind == "all_reduce":
+        all_reduce(torch.ones(1), axis)
+    elif kind == "reduce_scatter":
+        start_reduce_scatter(torch.empty(1), torch.ones(axis.size), axis).wait()
+    else:
+        start_all_gather(torch.empty(axis.size), torch.ones(1), axis).wait()
+
+
+def _outlive(kind: str) -> None:
     mesh = build_mesh()
-    all_reduce(torch.ones(1), mesh.world)
+    _call(kind, mesh.world)
     if mesh.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
-        all_reduce(torch.ones(1), mesh.world)
+        _call(kind, mesh.world)
     except PeerError:
         os._exit(5)
 
 
-def test_a_killed_peer_is_a_lost_peer() -> None:
-    assert join_ranks(spawn_ranks(_outlive, 2, comm_timeout_s=10)) == [5, -signal.SIGKILL]
+@pytest.mark.parametrize("kind", ["all_reduce", "reduce_scatter", "all_gather"])
+def test_a_killed_peer_is_a_lost_peer(kind: str) -> None:
+    assert join_ranks(spawn_ranks(_outlive, 2, kind, comm_timeout_s=10)) == [5, -signal.SIGKILL]
+
+
+def _scatter_and_gather(mesh: Mesh, dtype: torch.dtype, rounds: int) -> None:
+    """Several under way at once, and messages between the same ranks beside them, waited for out of order."""
+    n, r = mesh.size, mesh.rank
+    values = torch.arange(rounds * n * n * 5).view(rounds, n, n, 5) % 97 - 48  # [round, sender, part, place]
+    wanted = values.sum(1)
+    before, after = (r - 1) % n, (r + 1) % n
+    under_way = []
+    for number in range(rounds):
+        part, whole = torch.full((5,), torch.nan, dtype=dtype), torch.full((n, 5), torch.nan, dtype=dtype)
+        message = torch.full((5,), -1, dtype=torch.int64)
+        summed = start_reduce_scatter(part, values[number, r].to(dtype).flatten(), mesh.world)
+        sent = start_send(values[number, r, after], after, mesh.world, tag=number)
+        received = start_receive(message, before, mesh.world, tag=number)
+        gathered = start_all_gather(whole.flatten(), values[number, r, r].to(dtype), mesh.world)
+        under_way.append((part, whole, message, (gathered, received, summed, sent)))
+    for number, (part, whole, message, works) in enumerate(under_way):
+        for work in works:
+            work.wait()
+        assert part.tolist() == wanted[number, r].tolist()
+        assert whole.tolist() == values[number].diagonal(dim1=0, dim2=1).T.tolist()
+        assert message.tolist() == values[number, before, r].tolist()
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_scatter_and_gather(world: int) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        run_ranks(_scatter_and_gather, world, dtype, 3)
+
+
+def _in_place(mesh: Mesh) -> list[float]:
+    whole = torch.full((mesh.size, 3), torch.nan)
+    part = whole[mesh.rank]
+    part.fill_(mesh.rank)
+    start_all_gather(whole.view(-1), part, mesh.world).wait()
+    values: list[float] = whole.flatten().tolist()
+    return values
+
+
+def test_a_part_may_lie_where_it_is_gathered() -> None:
+    assert run_ranks(_in_place, 3) == [[0.0] * 3 + [1.0] * 3 + [2.0] * 3] * 3
 
 
 def _gather(mesh: Mesh) -> list[Any]:
