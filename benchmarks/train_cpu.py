@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from workers import Step, Worker, race, serve
+from workers import Step, Worker, race, ratio, serve
 
 VOCAB, HIDDEN, LAYERS, HEADS, FFN = 8192, 320, 6, 5, 896
 SHAPES = [(8, 256), (2, 1024)]
@@ -154,7 +154,7 @@ def litgpt_step(mode: str, precision: str, batch: int, seq: int) -> Step:
     return _peer_step(run, list(model.parameters()), precision, torch.randint(0, VOCAB, (batch, seq)))
 
 
-def ddp_step(precision: str, batch: int, seq: int, mesh: Any) -> Step:
+def ddp_step(precision: str, batch: int, seq: int) -> Step:
     """DistributedDataParallel around our own model, in the best form it has for the precision."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
@@ -214,13 +214,12 @@ def work(name: str, mode: str, precision: str, batch: int, seq: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    mesh = None
     if name in ("ddp", "zero0", "zero1"):
         from megalite.parallel.mesh import build_mesh
 
         mesh = build_mesh()
         if name == "ddp":
-            step = ddp_step(precision, batch, seq, mesh)
+            step = ddp_step(precision, batch, seq)
         else:
             step = megalite_step(mode, precision, batch, seq, mesh, int(name[-1]))
     else:
@@ -253,8 +252,7 @@ def compare(
 def best_ratio(results: Any, ours: str, peers: list[str]) -> tuple[float, str]:
     """Our speed over the fastest peer's, as the median over rounds of the ratio within a round."""
     fastest = max(peers, key=lambda p: results[p]["tokens_per_s"])
-    pairs = zip(results[fastest]["seconds"], results[ours]["seconds"], strict=True)
-    return statistics.median(theirs / mine for theirs, mine in pairs), fastest
+    return ratio(results[fastest]["seconds"], results[ours]["seconds"])[0], fastest
 
 
 def single(pairs: int, precisions: list[str]) -> dict[str, Any]:
@@ -283,9 +281,9 @@ def single(pairs: int, precisions: list[str]) -> dict[str, Any]:
             peers = [label for label in results if not label.startswith("megalite")]
             for ours in (label for label in results if label.startswith("megalite")):
                 if peers:
-                    ratio, fastest = best_ratio(results, ours, peers)
-                    results[ours]["ratio_to_best"] = ratio
-                    print(f"  {ours}: {ratio:.2f} × the fastest peer ({fastest})")
+                    speed_up, fastest = best_ratio(results, ours, peers)
+                    results[ours]["ratio_to_best"] = speed_up
+                    print(f"  {ours}: {speed_up:.2f} × the fastest peer ({fastest})")
             report[f"{precision} {batch}x{seq}"] = results
     return report
 
@@ -297,8 +295,8 @@ def ranks(pairs: int) -> dict[str, Any]:
         results = compare(specs, precision, 8, 256, pairs, 2)
         print(f"\n{precision}, two gloo ranks, 8 × 256 each, same model")
         for label, r in results.items():
-            ratio, _ = best_ratio(results, label, ["ddp"])
-            print(f"  {label:<14} {r['tokens_per_s']:7.0f} tokens/s  {ratio:.2f} × DDP")
+            speed_up, _ = best_ratio(results, label, ["ddp"])
+            print(f"  {label:<14} {r['tokens_per_s']:7.0f} tokens/s  {speed_up:.2f} × DDP")
         report[precision] = results
     return report
 

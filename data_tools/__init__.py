@@ -1,1 +1,1 @@
-"""From text to shards: ingest documents, train or load a tokenizer, write train and held-out datasets."""
+"""From text to shards: ingest, clean, filter and deduplicate documents, tokenize them, mix the datasets."""

@@ -271,9 +271,7 @@ def _tally(batch: pa.RecordBatch, names: Sequence[str], flow: Flow) -> None:
         column = batch.column(name)
         if (name in names or name.startswith(STATISTICS)) and is_number(column.type):
             values, is_null = _numbers(column)
-            histogram = flow.histograms.setdefault(name, {})
-            for label, number in binned(values[~is_null]).items():
-                histogram[label] = histogram.get(label, 0) + number
+            flow.tally_counts(name, binned(values[~is_null]).items())
 
 
 def _failures(batch: pa.RecordBatch, rule: Rule) -> tuple[NDArray[np.bool_], int]:

@@ -117,14 +117,6 @@ def _token_start(data: NDArray[np.uint8], at: int, start: int, end: int) -> int:
 
 
 @compiled
-def _token_end(data: NDArray[np.uint8], at: int, end: int, chars: NDArray[np.uint8]) -> int:
-    """Where the letters, digits and signs of a key or of base64 end."""
-    while at < end and chars[data[at]] & KEY:
-        at += 1
-    return at
-
-
-@compiled
 def _phrase(data: NDArray[np.uint8], at: int, end: int, chars: NDArray[np.uint8]) -> tuple[int, int, int]:
     """Digits with at most two separators between them: where they end, how many, and how many dots."""
     digits = dots = apart = 0
@@ -168,7 +160,7 @@ def _at_digit(
         is_country = at - first == 2 and 0x41 <= data[first] <= 0x5A and 0x41 <= data[first + 1] <= 0x5A
         if is_country and at + 1 < end and chars[data[at + 1]] & DIGIT:
             return TOKEN, first, min(end, first + MAX_IBAN), behind
-        last = _token_end(data, at, min(end, first + MAX_VALUE), chars)
+        last = _run(data, at, min(end, first + MAX_VALUE), chars, KEY)
         is_value = last - first >= MIN_VALUE and _is_assigned(data, first, start)
         return VALUE if is_value else -1, first, last, behind
     last, digits, dots = _phrase(data, at, end, chars)
@@ -204,7 +196,7 @@ def _candidates(
             else:
                 first = _token_start(data, at, start, end)
                 if first >= 0 and (first == start or not chars[data[first - 1]] & WORD):
-                    last = _token_end(data, at, min(end, first + MAX_TOKEN), chars)
+                    last = _run(data, at, min(end, first + MAX_TOKEN), chars, KEY)
                     if last - first >= MIN_TOKEN or data[first] == DASH:
                         what, after = TOKEN, max(last, at + 1)
             if what >= 0:

@@ -89,6 +89,8 @@ def _read_mixture(values: dict[str, Any]) -> None:
     if not isinstance(data, dict) or not isinstance(data.get("mixture"), str):
         return
     path = Path(data.pop("mixture"))
+    if not path.exists():
+        raise ConfigError(f"no file data.mixture={path}; `megalite data mix` writes one")
     found = load_toml(_MixtureFile, path).data.model_dump(exclude_unset=True)
     for source in (*found.get("sources", ()), *found.get("validation", ())):
         if "://" not in source["path"]:

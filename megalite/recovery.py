@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.agree import together
+from megalite.checkpoint.agree import everywhere
 from megalite.checkpoint.snapshots import KeptSnapshot, Snapshots
 from megalite.checkpoint.store import Checkpoint, newest
 from megalite.config import Config
@@ -70,7 +70,7 @@ class Recovery:
             lines = read_json_lines(path) if mesh.rank == 0 else []
             return [line for line in lines if line.get("event") == "rollback"]
 
-        told = together(mesh.world, mesh.device, read, self._run_dir)[0]
+        told = everywhere(mesh.world, mesh.device, read, self._run_dir)[0]
         try:
             return [Rollback.from_json(record) for record in told]
         except (KeyError, TypeError, ValueError) as error:

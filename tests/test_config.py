@@ -235,7 +235,7 @@ def test_a_mixture_file_takes_the_place_of_its_keys(tmp_path: Path) -> None:
     assert f"did you mean data.sources.0.weight? ({path}:3)" in _mistake(
         tmp_path, TOML, f"data.mixture={path}"
     )
-    assert "gone.toml" in _mistake(tmp_path, TOML, "data.mixture=gone.toml")
+    assert "data.mixture=gone.toml; `megalite data mix`" in _mistake(tmp_path, TOML, "data.mixture=gone.toml")
     assert "data.mixture=5" in _mistake(tmp_path, TOML, "data.mixture=5")
 
 

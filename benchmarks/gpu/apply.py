@@ -18,7 +18,7 @@ TILES = Path(__file__).parents[2] / "kernels/megalite_kernels/tiles"
 
 
 def apply(proposal: dict[str, Any], tiles: Path = TILES) -> list[Path]:
-    """Replace the "choices" of each operation's table by the proposal's; returns the files written."""
+    """Put the proposal's choices into each operation's table, others stay; returns the files written."""
     written = []
     for operation, choices in proposal["choices"].items():
         path = tiles / proposal["architecture"] / f"{operation}.json"

@@ -27,7 +27,7 @@ _ASKED = (range(0xD800), range(0xE000, 0x40000), range(0xE0000, 0xF0000))
 
 
 @cache
-def character_classes() -> NDArray[np.uint8]:
+def engine_classes() -> NDArray[np.uint8]:
     """Classes of every code point by the engine of the `tokenizers` package, uint8 [0x110000].
 
     Takes half a second.

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.bpe import Encoded
-from data_tools.bpe.classes import character_classes
+from data_tools.bpe.classes import engine_classes
 from data_tools.bpe.merges import build_merges, merge
 from data_tools.bpe.model import Model
 from data_tools.bpe.pretokens import split
@@ -23,7 +23,7 @@ class BpeEncoder:
 
     def __init__(self, model: Model, end_id: int, slots: int = TABLE_SLOTS) -> None:
         self._pattern, self._end_id = model.pattern, end_id
-        self._classes = character_classes()
+        self._classes = engine_classes()
         self._merges = build_merges(model.byte_ids, model.rules)
         self._met = empty_table(slots, 16 * slots, 4 * slots)
         self._words, self._longest_word = _word_table(model.words), max(map(len, model.words), default=0)

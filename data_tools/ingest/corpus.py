@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.ingest.found import Document, Reason, SetAside
-from data_tools.ingest.plan import Listing, Piece, check, list_source
+from data_tools.ingest.plan import Listing, Piece, check, is_path, list_source
 from data_tools.ingest.readers import read_piece
 from data_tools.ingest.settings import SourceSettings, source_at
 from data_tools.ingest.stdlib import STDLIB
@@ -96,7 +96,7 @@ class Corpus:
         self.counts = Counts()
         self._max_bytes = max_bytes
         for place in self.places:
-            if place != STDLIB and not place.startswith("hf:") and not Path(place).exists():
+            if is_path(place) and not Path(place).exists():
                 raise DataError(f"no text at {place}; give {ACCEPTED}")
         self._sources = [
             source_at(place, _name(place), max_document_bytes=MAX_DOCUMENT_BYTES) for place in self.places
@@ -149,7 +149,7 @@ class Corpus:
 
 
 def _name(place: str) -> str:
-    return place if place == STDLIB or place.startswith("hf:") else Path(place).resolve().name
+    return Path(place).resolve().name if is_path(place) else place
 
 
 def _documents(piece: Piece, source: SourceSettings, counts: Counts) -> Iterator[Document]:

@@ -77,6 +77,11 @@ class Listing:
         return not kinds.isdisjoint(("html", "warc"))
 
 
+def is_path(place: str) -> bool:
+    """Whether a source is a file or folder here, not python-stdlib or a dataset of the hub."""
+    return place != STDLIB and not place.startswith(PREFIX)
+
+
 def list_source(source: SourceSettings) -> Listing:
     """The files of a source.
 
@@ -129,7 +134,7 @@ def check_apart(sources: Sequence[SourceSettings], out: Path) -> None:
     written = out.resolve()
     for source in sources:
         root = Path(source.path).resolve()
-        if source.path == STDLIB or source.path.startswith(PREFIX) or root not in (written, *written.parents):
+        if not is_path(source.path) or root not in (written, *written.parents):
             continue
         inside = written.relative_to(root)
         names = [(inside / f"a{suffix}").as_posix() for suffix in WRITTEN]

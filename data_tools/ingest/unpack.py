@@ -9,7 +9,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import zstandard
 
@@ -17,14 +17,12 @@ from data_tools.ingest.found import HEAD_BYTES, Reason
 
 STEP_BYTES = {".gz": 8 << 10, ".zst": 2 << 10}  # unpacked at once: at most 8 and 64 MiB come out
 READ_BYTES = 256 << 10
+BUFFER_BYTES = 1 << 20
 SEARCH_BYTES = 1 << 20
 MAX_WINDOW_BYTES = 128 << 20
 # More than text can be packed: gzip reaches 1032 on zeros alone.
 MAX_RATIO, ALWAYS_ALLOWED_BYTES = 1000, 1 << 30
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
-
-
-BUFFER_BYTES = 1 << 20
 
 
 class BrokenStreamError(Exception):
@@ -54,12 +52,6 @@ class ByteStream(io.RawIOBase):
         self._ready = memoryview(b"")  # unpacked and not handed on yet
         self._read = self._unpacked = 0
         self._member_start = 0
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def close(self) -> None:
         """Close the file."""

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from data_tools.crew import Crew, Task, read_marker, write_json
+from data_tools.crew import Crew, Task, write_json
 from data_tools.flow import Flow
 from data_tools.mix.groups import Group, check_names, read_groups, sources_of
 from data_tools.mix.mixture import LEAST_SHARE, Epochs, Weight
@@ -31,7 +31,6 @@ from megalite.errors import DataError
 
 KIND = "search"
 VERSION = 1
-PROPOSAL = "mixture"  # .json
 PROPORTIONAL_PART = 0.02  # of every mixture, so that none is without a source
 CANDIDATES = 1 << 32  # a number no run has: of the mixtures the fit chooses from
 
@@ -109,24 +108,11 @@ def run(settings: SearchSettings, tokenized: Path, out: Path, crew: Crew, renew:
     digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:16]
     found = step.once(f"fit-{digest}", partial(_conclude, settings, prior, target, mixtures, losses))
     if crew.is_first:
-        write_json(out / f"{PROPOSAL}.json", found)
+        write_json(out / "mixture.json", found)
         print(f"search: {found['conclusion']}", file=sys.stderr, flush=True)
     flow = Flow()
     flow.count("proxy runs", settings.runs)
     return step.finish([flow], anew=True, conclusion=found["conclusion"], weights=found["weights"])
-
-
-def read_proposal(out: Path) -> dict[str, float]:
-    """The proposed weights by source, as `[mix] weights` takes them.
-
-    Raises:  DataError if the search is not finished, or found nothing to propose
-    """
-    found = read_marker(out, PROPOSAL)
-    if found is None:
-        raise DataError(f"{out} has no {PROPOSAL}.json; run the search to its end")
-    if found["weights"] is None:
-        raise DataError(f"{out}: {found['conclusion']}")
-    return dict(found["weights"])
 
 
 class Prior:

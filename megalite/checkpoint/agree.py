@@ -30,7 +30,7 @@ _REMEDIES = {
 }
 
 
-def together(axis: Axis, device: torch.device, action: Callable[[], Any], root: Path) -> list[Any]:
+def everywhere(axis: Axis, device: torch.device, action: Callable[[], Any], root: Path) -> list[Any]:
     """Run `action` on every rank; then every rank has every JSON-able result, or all raise alike.
 
     Comm:    one gather of small JSON over the axis, on the device its backend talks from

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megalite.checkpoint.agree import together
+from megalite.checkpoint.agree import everywhere
 from megalite.checkpoint.format import (
     MANIFEST,
     FileEntry,
@@ -79,9 +79,9 @@ def save(
         _commit(target, staging, encode_manifest(manifest))
 
     try:
-        together(mesh.saving, _CPU, lambda: _prepare(staging) if mesh.rank == 0 else None, root)
-        written = together(mesh.saving, _CPU, write, root)
-        together(mesh.saving, _CPU, lambda: commit(written) if mesh.rank == 0 else None, root)
+        everywhere(mesh.saving, _CPU, lambda: _prepare(staging) if mesh.rank == 0 else None, root)
+        written = everywhere(mesh.saving, _CPU, write, root)
+        everywhere(mesh.saving, _CPU, lambda: commit(written) if mesh.rank == 0 else None, root)
     except CheckpointError as error:
         if mesh.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)

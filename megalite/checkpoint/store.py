@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.agree import together
+from megalite.checkpoint.agree import everywhere
 from megalite.checkpoint.format import (
     MANIFEST,
     Manifest,
@@ -151,7 +151,7 @@ def newest(root: Path, mesh: Mesh, before: int | None = None) -> Checkpoint | No
     Comm:    one gather of small JSON over the world, and one per checkpoint tried
     Raises:  CheckpointError, the same on all ranks, if there are checkpoints but none verifies
     """
-    names = together(mesh.world, mesh.device, lambda: candidates(root) if mesh.rank == 0 else None, root)[0]
+    names = everywhere(mesh.world, mesh.device, lambda: candidates(root) if mesh.rank == 0 else None, root)[0]
     names = [name for name in names if before is None or step_of(name) <= before]
     refused: list[str] = []
     for name in names:
@@ -210,7 +210,7 @@ def _verify_together(folder: Path, mesh: Mesh) -> Manifest:
         manifests.append(manifest)
         return zlib.crc32(encode_manifest(manifest))
 
-    digests = together(mesh.world, mesh.device, verify_share, folder)
+    digests = everywhere(mesh.world, mesh.device, verify_share, folder)
     if len(set(digests)) > 1:
         raise CheckpointError(f"ranks read different manifests in {folder}; put run_dir on shared storage")
     return manifests[0]

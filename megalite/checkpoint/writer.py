@@ -27,7 +27,6 @@ from megalite.checkpoint.format import TensorSlice
 from megalite.checkpoint.interval import advice, estimate
 from megalite.checkpoint.retention import Retention
 from megalite.checkpoint.snapshots import Snapshot
-from megalite.checkpoint.store import Checkpoint, newest
 from megalite.config import Config
 from megalite.errors import CheckpointError, HangError, MegaliteError
 from megalite.log import RunLog
@@ -155,14 +154,6 @@ class Writer:
             self._log.event("save_failed", done.step, reason=str(error))
         else:
             self._advise(done, seconds)
-
-    def newest_before(self, step: int) -> Checkpoint | None:
-        """The newest checkpoint at or before `step` that verifies, once the save under way is done.
-
-        Raises:  CheckpointError, PeerError; see `store.newest`
-        """
-        self.wait()
-        return newest(self._root, self._mesh, before=step)
 
     def _commit(
         self,

@@ -10,9 +10,9 @@ from megalite.config.section import Section, divisors
 
 
 class Source(Section):
-    """One dataset folder (or a parent of its shards) and its share of the mixture."""
+    """One dataset and its share of the mixture."""
 
-    path: str = Field(description="folder holding a manifest.json")
+    path: str = Field(description="folder or address that holds a manifest.json")
     weight: float = Field(1.0, ge=0, description="share of samples, relative to the other sources")
     max_epochs: float | None = Field(
         None, gt=0, description="passes over it at most; then the other sources share what it had"

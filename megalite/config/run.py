@@ -48,7 +48,7 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
         "cosine", description="course after warm-up"
     )
-    warmup_steps: int = Field(0, ge=0, description="linear rise from 0 to the peak")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear rise to the peak")
     decay_steps: int = Field(0, ge=0, description="wsd: length of the final linear decay")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")

@@ -26,7 +26,7 @@ O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_EOS = "<|endoftext|>"
+EOS = "<|endoftext|>"
 
 
 class Encoding(NamedTuple):
@@ -38,21 +38,21 @@ class Encoding(NamedTuple):
 
 
 ENCODINGS = {
-    "gpt2": Encoding(GPT2, 50256, {_EOS: 50256}),
-    "r50k_base": Encoding(GPT2, 50256, {_EOS: 50256}),
-    "p50k_base": Encoding(GPT2, 50280, {_EOS: 50256}),
+    "gpt2": Encoding(GPT2, 50256, {EOS: 50256}),
+    "r50k_base": Encoding(GPT2, 50256, {EOS: 50256}),
+    "p50k_base": Encoding(GPT2, 50280, {EOS: 50256}),
     "cl100k_base": Encoding(
         CL100K,
         100256,
         {
-            _EOS: 100257,
+            EOS: 100257,
             "<|fim_prefix|>": 100258,
             "<|fim_middle|>": 100259,
             "<|fim_suffix|>": 100260,
             "<|endofprompt|>": 100276,
         },
     ),
-    "o200k_base": Encoding(O200K, 199998, {_EOS: 199999, "<|endofprompt|>": 200018}),
+    "o200k_base": Encoding(O200K, 199998, {EOS: 199999, "<|endofprompt|>": 200018}),
 }
 
 
@@ -74,7 +74,7 @@ def from_ranks(lines: Iterable[bytes], pattern: str | None, origin: str) -> str:
     ranks = _read_ranks(lines, origin)
     encoding = _encoding(len(ranks), pattern, origin)
     is_own = len(ranks) != encoding.ranks
-    special = {_EOS: max(ranks.values()) + 1} if is_own else encoding.special
+    special = {EOS: max(ranks.values()) + 1} if is_own else encoding.special
     if taken := set(special.values()) & set(ranks.values()):
         raise DataError(
             f"{origin}: rank {min(taken)} belongs to a special token of {pattern or 'its pattern'}"

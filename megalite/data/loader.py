@@ -148,11 +148,6 @@ class DataLoader:
         return [packing.layout.num_samples for packing in self.packings]
 
     @property
-    def total_tokens(self) -> int:
-        """Tokens in all sources."""
-        return sum(dataset.total_tokens for dataset in self.datasets)
-
-    @property
     def num_blocks(self) -> int:
         """Record batches in all sources."""
         return sum(dataset.num_blocks for dataset in self.datasets)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.data.byte_level import from_ranks
+from megalite.data.byte_level import EOS, from_ranks
 from megalite.data.remote import is_remote, open_folder
 from megalite.errors import DataError
 
@@ -23,7 +23,6 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"  # Hugging Face's place for the name of the eos token
 RANKS_SUFFIX = ".tiktoken"
 MAX_TOKENIZER_BYTES = 256 << 20
-EOS = "<|endoftext|>"
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|end▁of▁sentence|>", "<EOS>", "[EOS]")
 REPLACEMENT = "\ufffd"
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from megalite.checkpoint.format import TensorSlice
@@ -33,10 +32,10 @@ from megalite.config import Config
 from megalite.data.batch import Batch
 from megalite.engines.deepspeed_comm import note_collectives
 from megalite.engines.deepspeed_state import DeepSpeedState, Partition, open_state
-from megalite.engines.engine import DTYPES, StepSums
+from megalite.engines.engine import DTYPES, StepSums, to_device
 from megalite.errors import ConfigError
 from megalite.model.init import initial_values
-from megalite.model.transformer import Transformer, dropout_keys
+from megalite.model.transformer import Transformer
 from megalite.optim.loss_scale import LossScale
 from megalite.optim.zero import STATE_KINDS
 from megalite.parallel.collectives import all_reduce
@@ -314,20 +313,10 @@ class DeepSpeedEngine:
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
     def _losses(self, module: Any, batch: Batch, training: bool) -> tuple[Tensor, Tensor, Tensor]:
-        device = self.mesh.device
-
-        def on_device(array: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(array).to(device, non_blocking=True)
-
-        keys = None
-        if training and self.config.model.dropout:
-            keys = dropout_keys(self.config.seed, on_device(batch.sample_ids))
+        inputs = to_device(batch, self.config, self.mesh.device, training)
         losses: tuple[Tensor, Tensor, Tensor] = module(
-            on_device(batch.tokens),
-            on_device(batch.labels),
-            on_device(batch.positions),
-            None if batch.doc_starts is None else on_device(batch.doc_starts),
-            dropout_keys=keys,
+            *inputs[:4],
+            dropout_keys=inputs.dropout_keys,
             z_loss=self.config.train.z_loss if training else 0.0,
             chunk_bytes=self.config.train.loss_chunk_bytes,
         )

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from megalite.checkpoint.format import TensorSlice
 from megalite.checkpoint.snapshots import Snapshot
 from megalite.checkpoint.store import Checkpoint
+from megalite.config import Config
 from megalite.data.batch import Batch
+from megalite.model.transformer import dropout_keys
 from megalite.optim.loss_scale import LossScale
 from megalite.parallel.sharding import Replica
 
@@ -35,6 +39,32 @@ class StepSums:
     z_loss: float
     tokens: float
     grad_norm_squared: float
+
+
+class Inputs(NamedTuple):
+    """A micro-batch on the device: `Batch`'s arrays, and a key for each sample's dropout, int64 [batch]."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    doc_starts: Tensor | None
+    dropout_keys: Tensor | None
+
+
+def to_device(batch: Batch, config: Config, device: torch.device, is_training: bool) -> Inputs:
+    """Copy what the model reads of a micro-batch; nothing is dropped out but in training."""
+
+    def moved(array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    drops = is_training and config.model.dropout
+    return Inputs(
+        moved(batch.tokens),
+        moved(batch.labels),
+        moved(batch.positions),
+        None if batch.doc_starts is None else moved(batch.doc_starts),
+        dropout_keys(config.seed, moved(batch.sample_ids)) if drops else None,
+    )
 
 
 class Engine(Protocol):

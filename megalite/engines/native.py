@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from megalite.checkpoint.format import TensorSlice
@@ -16,9 +14,9 @@ from megalite.checkpoint.snapshots import Snapshot, copy_to_host
 from megalite.checkpoint.store import Checkpoint
 from megalite.config import Config
 from megalite.data.batch import Batch
-from megalite.engines.engine import DTYPES, StepSums
+from megalite.engines.engine import DTYPES, StepSums, to_device
 from megalite.model.init import initial_values
-from megalite.model.transformer import Part, Shared, Transformer, dropout_keys
+from megalite.model.transformer import Part, Transformer
 from megalite.optim.buckets import OwnedRange
 from megalite.optim.loss_scale import LossScale
 from megalite.optim.zero import STATE_KINDS, ZeroOptimizer
@@ -168,15 +166,18 @@ class NativeEngine:
 
         def forward(stage: int, index: int, x: Tensor | None) -> Tensor:
             # Made here and not for all before: the angles alone take 4 · head_dim bytes a token.
-            tokens, labels, positions, shared = self._inputs(micro_batches[index], is_training)
+            batch = to_device(micro_batches[index], self.config, mesh.device, is_training)
+            shared = self.model.share(
+                batch.tokens.shape, batch.positions, batch.doc_starts, batch.dropout_keys
+            )
             with self.optimizer.weights.root(is_needed=stage in (0, last_stage)):
                 if x is None:
-                    x = self.model.embed(tokens, positions, shared)
+                    x = self.model.embed(batch.tokens, batch.positions, shared)
                 x = self.model.run_blocks(x, self.stage_layers[stage], shared)
                 if stage != last_stage:
                     return x
                 z_loss = train.z_loss if is_training else 0.0
-                losses = self.model.stream_loss(x, labels, z_loss, train.loss_chunk_bytes)
+                losses = self.model.stream_loss(x, batch.labels, z_loss, train.loss_chunk_bytes)
             if mesh.tp.rank == 0:  # its peers compute the same
                 sums.add_(torch.stack([losses.total.detach(), losses.z_loss, losses.tokens]))
             # A constant divisor: how many labels of the global batch are valid is only known once
@@ -201,18 +202,3 @@ class NativeEngine:
                 schedule = build_evaluation(pp, micro_batches, chunks)
             self._programs[key] = build_programs(schedule)[self.mesh.pp.rank]
         return self._programs[key]
-
-    def _inputs(self, batch: Batch, is_training: bool) -> tuple[Tensor, Tensor, Tensor, Shared]:
-        """Tokens, labels and positions [batch, seq] on the device, and what the blocks share."""
-        device = self.mesh.device
-
-        def on_device(array: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(array).to(device, non_blocking=True)
-
-        keys = None
-        if is_training and self.config.model.dropout:
-            keys = dropout_keys(self.config.seed, on_device(batch.sample_ids))
-        doc_starts = None if batch.doc_starts is None else on_device(batch.doc_starts)
-        positions = on_device(batch.positions)
-        shared = self.model.share(batch.tokens.shape, positions, doc_starts, keys)
-        return on_device(batch.tokens), on_device(batch.labels), positions, shared

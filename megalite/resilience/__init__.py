@@ -1,1 +1,1 @@
-"""What a run survives: requests to stop, and later spikes, hangs and lost ranks."""
+"""What a run survives: requests to stop, loss spikes, erring processors, hangs and lost ranks."""

@@ -150,5 +150,5 @@ def abandoned_from(rollbacks: Sequence[Rollback], known: Sequence[Rollback]) -> 
 
 
 def _or_share(asked: int | None, usual: int, steps: int) -> int:
-    """A number of steps as asked for; by default `usual`, but at most a fiftieth of a short run."""
+    """A number of steps as asked for; by default `usual`, in a short run a fiftieth but at least 8."""
     return asked if asked is not None else min(usual, max(8, steps // 50))

@@ -53,7 +53,8 @@ def blame(first: Shares, second: Shares, third: Shares | None = None) -> Blame:
     if third is None:
         raise ValueError("the first two runs differ; a third must tell which of them was right")
     still = changed_ranks(second, third)
-    return Blame("persistent", still) if still else Blame("transient", changed)
+    agrees = not still or not changed_ranks(first, third)
+    return Blame("transient", changed) if agrees else Blame("persistent", still)
 
 
 def _is_same(a: float, b: float) -> bool:

@@ -21,11 +21,9 @@ from megalite.parallel.mesh import Mesh
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 from tests.ranks import SOLO, run_ranks
-from tests.trainer.runs import curve, lay_out, metrics, tiny, train
+from tests.trainer.runs import Curve, apart, curve, lay_out, losses, metrics, tiny, train
 
 pytestmark = pytest.mark.slow
-
-Curve = list[tuple[float, float]]
 
 DS = "mesh.zero_engine=deepspeed"
 STAGE = [f"mesh.zero_stage={stage}" for stage in range(4)]
@@ -35,13 +33,6 @@ PATIENCE_S = 240  # a pool's first call imports deepspeed
 
 # GQA and packed documents come with `tiny`; these make clipping active at every step.
 COMMON = ["model.tie_embeddings=true", "optim.grad_clip=0.3", "train.micro_batch_size=6"]
-
-
-def _relative(ours: Curve, reference: Curve) -> float:
-    assert len(ours) == len(reference)
-    return max(
-        abs(a / b - 1) for x, y in zip(ours, reference, strict=True) for a, b in zip(x, y, strict=True)
-    )
 
 
 def _run(world: int, config: Config) -> Curve:
@@ -75,13 +66,13 @@ LAYOUTS: list[tuple[int, list[str]]] = [
 def test_every_layout_gives_the_answer_of_one_native_process(
     root: Path, reference: Curve, world: int, layout: list[str]
 ) -> None:
-    assert _relative(_run(world, tiny(root, DS, *COMMON, *layout)), reference) < 1e-5
+    assert apart(_run(world, tiny(root, DS, *COMMON, *layout)), reference) < 1e-5
 
 
 def test_untied_head_dropout_and_z_loss(root: Path, alone: Mesh) -> None:
     common = ["train.steps=6", "model.dropout=0.1", "train.z_loss=1e-3"]
     one = curve(train(alone, tiny(root, *common, f"run_dir={root}/native")))
-    assert _relative(_run(2, tiny(root, *common, DS, STAGE[3])), one) < 1e-5
+    assert apart(_run(2, tiny(root, *common, DS, STAGE[3])), one) < 1e-5
 
 
 def _train_in_fp16(mesh: Mesh, config: Config) -> list[dict[str, Any]]:
@@ -104,7 +95,7 @@ def test_half_precisions_stay_near_the_native_engine(
     config = tiny(root, *common, DS, *layout)
     ours = curve(run_ranks(_train_in_fp16, 2, config, timeout_s=PATIENCE_S)[0])
     # Native gradients of embedding, head and norms stay fp32, deepspeed's are rounded as all others.
-    assert max(abs(a[0] / b[0] - 1) for a, b in zip(ours, native, strict=True)) < bound
+    assert apart(losses(ours), losses(native)) < bound
 
 
 def test_fp16_lowers_the_scale_until_no_gradient_overflows(root: Path) -> None:
@@ -168,7 +159,7 @@ def test_deepspeed_used_plainly_gives_our_losses(root: Path, alone: Mesh, stage:
     ours = curve(train(alone, tiny(root, *common, f"run_dir={root}/native")))
     plain = run_ranks(_train_plainly, 2, tiny(root, *common), timeout_s=PATIENCE_S)[0]
     assert min(norm for _, norm in ours) > 0.3
-    assert max(abs(a / b[0] - 1) for a, b in zip(plain, ours, strict=True)) < 1e-5
+    assert apart(plain, losses(ours)) < 1e-5
 
 
 # --- steps that are not applied ---------------------------------------------------------------------
@@ -240,7 +231,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight_on_any(
     _, native = _train_poisoned(alone, tiny(root, *common, f"run_dir={root}/native"), 0, name)
     ours = results[0][1]
     assert [norm for _, norm in ours[2:4]] == [None, None]  # not a number, which JSON has no word for
-    assert _relative(ours[:2] + ours[4:], native[:2] + native[4:]) < 1e-5
+    assert apart(ours[:2] + ours[4:], native[:2] + native[4:]) < 1e-5
 
 
 # --- checkpoints ------------------------------------------------------------------------------------
@@ -275,7 +266,7 @@ def test_a_run_moves_between_engines_stages_and_layouts(
     for (world, layout), stop in zip(chain[:-1], (4, 8), strict=True):
         run_ranks(_stop_after, world, tiny(root, *common, *layout), stop, timeout_s=PATIENCE_S)
     world, layout = chain[-1]
-    assert _relative(_run(world, tiny(root, *common, *layout)), whole) < 1e-5
+    assert apart(_run(world, tiny(root, *common, *layout)), whole) < 1e-5
 
 
 @pytest.mark.parametrize("layout", [[STAGE[3]], [STAGE[1], "train.precision=bf16"]], ids=str)
@@ -310,7 +301,7 @@ def test_ranks_with_unequal_shares_of_the_validation_samples(root: Path, alone: 
     two = run_ranks(train, 2, tiny(root, *common, DS, STAGE[3]), timeout_s=PATIENCE_S)[0]
     losses = [[record["val_loss"] for record in records[1::2]] for records in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert _relative(curve(two), curve(one)) < 1e-5
+    assert apart(curve(two), curve(one)) < 1e-5
 
 
 def _count(mesh: Mesh, config: Config) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from megalite.checkpoint.commit import save
 from megalite.checkpoint.format import FileEntry, TensorSlice
 from megalite.checkpoint.retention import Retention
 from megalite.checkpoint.snapshots import Snapshot
-from megalite.checkpoint.store import open_checkpoint
+from megalite.checkpoint.store import newest, open_checkpoint
 from megalite.errors import CheckpointError
 from megalite.parallel.mesh import Mesh
 from tests.checkpoint.helpers import check, save_step
@@ -241,7 +241,8 @@ def slow_saves(mesh: Mesh, root: str) -> tuple[float, list[str]]:
         )
         writer.save(2, 20, {"version": 0}, Held(mesh, 2))
         between = [name for name in os.listdir(root) if not name.endswith(".tmp")]
-        found = writer.newest_before(5)  # waits as well
+        writer.wait()
+        found = newest(Path(root), mesh, before=5)
         assert found is not None
         check(found, 2)
     return stall_s, [*before, "then", *between]

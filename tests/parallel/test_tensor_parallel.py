@@ -115,14 +115,14 @@ def _errors(
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_those_of_one_process(name: str, tp: int, sequence: bool) -> None:
     for errors in run_ranks(_errors, tp, MODELS[name], tp, sequence, "none"):
-        assert max(errors.values()) < 1e-12, max(errors.items(), key=lambda item: item[1])
+        assert all(error < 1e-12 for error in errors.values()), errors
 
 
 @pytest.mark.parametrize("recompute", one_a_day("selective", "full"))
 def test_recompute_repeats_the_communication(recompute: Recompute) -> None:
     for sequence in (False, True):
         for errors in run_ranks(_errors, 2, MODELS["gpt2-dropout"], 2, sequence, recompute):
-            assert max(errors.values()) < 1e-12
+            assert all(error < 1e-12 for error in errors.values()), errors
 
 
 # --- what a rank holds ----------------------------------------------------------------------------

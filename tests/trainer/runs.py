@@ -18,6 +18,7 @@ from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 
 VOCAB = 257
+Curve = list[tuple[float, float]]
 
 
 def write_dataset(folder: Path, seed: int, documents: int = 120) -> Path:
@@ -82,6 +83,17 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def curve(records: list[dict[str, Any]]) -> list[tuple[float, float]]:
+def curve(records: list[dict[str, Any]]) -> Curve:
     """(loss, gradient norm before clipping) of every step."""
     return [(record["loss"], record["grad_norm"]) for record in records]
+
+
+def losses(curve: Curve) -> list[float]:
+    """Those of every step."""
+    return [loss for loss, _ in curve]
+
+
+def apart(ours: Curve | list[float], reference: Curve | list[float]) -> float:
+    """The largest relative difference of two curves, or of their losses; nan if either has one."""
+    assert len(ours) == len(reference)
+    return float(np.abs(np.array(ours) / np.array(reference) - 1).max())

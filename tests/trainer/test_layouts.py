@@ -21,20 +21,13 @@ from megalite.parallel.mesh import Axis, Mesh
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 from tests.ranks import run_ranks
-from tests.trainer.runs import curve, lay_out, tiny, train
-
-
-def _relative(ours: list[tuple[float, float]], reference: list[tuple[float, float]]) -> float:
-    assert len(ours) == len(reference)
-    return max(
-        abs(a / b - 1) for x, y in zip(ours, reference, strict=True) for a, b in zip(x, y, strict=True)
-    )
+from tests.trainer.runs import Curve, apart, curve, lay_out, losses, tiny, train
 
 
 class Reference(NamedTuple):
     """A run of one process."""
 
-    curve: list[tuple[float, float]]
+    curve: Curve
     val_loss: float
     weights: Checkpoint
 
@@ -49,7 +42,7 @@ def _one_process(datasets: Path, run: Path, *overrides: str) -> Reference:
 def _compare(root: Path, reference: Reference, world: int, overrides: list[str]) -> None:
     """The same curve, validation loss and final weights."""
     records = run_ranks(train, world, tiny(root, "train.eval_every_steps=10", *overrides))[0]
-    assert _relative(curve(records), reference.curve) < 1e-5
+    assert apart(curve(records), reference.curve) < 1e-5
     assert abs(records[-1]["val_loss"] / reference.val_loss - 1) < 1e-5
     found = open_checkpoint(root / "run")
     assert sorted(found.names()) == sorted(reference.weights.names())
@@ -178,7 +171,7 @@ def test_model_variants_agree_across_layouts(
     common = ["train.steps=8", "train.micro_batch_size=12", *variant]
     one = curve(train(alone, tiny(root, *common)))
     two = run_ranks(train, 2, tiny(root, *common, f"run_dir={root}/two", *layout))[0]
-    assert _relative(curve(two), one) < 1e-5
+    assert apart(curve(two), one) < 1e-5
 
 
 @pytest.mark.slow
@@ -237,7 +230,7 @@ def test_half_precisions_stay_near_fp32_and_agree_across_layouts(
     common = [f"train.precision={precision}", "train.micro_batch_size=12"]
     one = curve(run_ranks(train, 1, tiny(root, f"run_dir={root}/one", *common))[0])
     # A product carries this much relative rounding; the loss averages over 768 tokens.
-    assert max(abs(a[0] / b[0] - 1) for a, b in zip(one, reference.curve, strict=True)) < rounding
+    assert apart(losses(one), losses(reference.curve)) < rounding
     # Tensor parallelism rounds each rank's part of a sum before it is added: once more the same rounding.
     layouts = {
         "dp": ["mesh.zero_stage=3"],
@@ -247,7 +240,7 @@ def test_half_precisions_stay_near_fp32_and_agree_across_layouts(
     }
     for name, layout in layouts.items():
         two = curve(run_ranks(train, 2, tiny(root, f"run_dir={root}/{name}", *common, *layout))[0])
-        assert max(abs(a[0] / b[0] - 1) for a, b in zip(two, one, strict=True)) < between_layouts
+        assert apart(losses(two), losses(one)) < between_layouts
 
 
 def _memory(mesh: Mesh, config: Config) -> int:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megalite_kernels.gpu.launch import Case, launch, meta, operator
+from megalite_kernels.gpu.launch import Case, launch, like, meta, operator
 from megalite_kernels.tiles import tile
 
 
@@ -131,15 +131,11 @@ def _backward_again(d_hidden: Tensor, pre: Tensor, activation: str) -> tuple[Ten
     return _launch_backward(d_hidden, pre, hidden, activation), hidden
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 activation = operator("activation", _hidden_like)(_forward)
-activation_backward = operator("activation_backward", lambda d_hidden, pre, activation: _like(pre))(_backward)
+activation_backward = operator("activation_backward", lambda d_hidden, pre, activation: like(pre))(_backward)
 activation_backward_again = operator(
     "activation_backward_again",
-    lambda d_hidden, pre, activation: (_like(pre), _hidden_like(pre, activation)),
+    lambda d_hidden, pre, activation: (like(pre), _hidden_like(pre, activation)),
 )(_backward_again)
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megalite_kernels.gpu.launch import DTYPES, Case, launch, meta, operator
+from megalite_kernels.gpu.launch import DTYPES, Case, launch, like, meta, operator
 from megalite_kernels.tiles import tile
 
 # SplitMix64's constants, as in `counter`.
@@ -70,7 +70,7 @@ def _launch(x: Tensor, p: float, keys: Tensor, places: Tensor | None) -> Tensor:
 
 
 def _fake(x: Tensor, p: float, keys: Tensor, places: Tensor | None) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return like(x)
 
 
 dropout = operator("dropout", _fake)(_launch)

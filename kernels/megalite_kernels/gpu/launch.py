@@ -93,3 +93,8 @@ class Case(NamedTuple):
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:
     """A tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def like(x: Tensor) -> Tensor:
+    """Memory for a tensor of x's shape and dtype, contiguous whatever x is."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

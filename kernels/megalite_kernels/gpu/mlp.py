@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megalite_kernels.gpu.activation import activate, activate_backward
-from megalite_kernels.gpu.launch import DTYPES, Case, launch, meta, operator
+from megalite_kernels.gpu.launch import DTYPES, Case, launch, like, meta, operator
 from megalite_kernels.tiles import tile
 
 
@@ -190,8 +190,7 @@ def _forward_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 def _backward_fake(dy: Tensor, weight: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    d_pre = torch.empty_like(pre, memory_format=torch.contiguous_format)
-    return d_pre, dy.new_empty(dy.shape[0], weight.shape[0])
+    return like(pre), dy.new_empty(dy.shape[0], weight.shape[0])
 
 
 linear_activation = operator("linear_activation", _forward_fake, ("hidden",))(_forward)

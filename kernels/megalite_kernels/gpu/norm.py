@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megalite_kernels.gpu.launch import DTYPES, Case, launch, meta, multiprocessors, narrow, operator
+from megalite_kernels.gpu.launch import DTYPES, Case, launch, like, meta, multiprocessors, narrow, operator
 from megalite_kernels.tiles import tile
 
 MAX_DIM = 16384  # forward holds a row in registers
@@ -155,8 +155,8 @@ def _forward(
     """y, the stream, and each row's mean (LayerNorm's alone) and reciprocal deviation."""
     x, levels = _rows_of(x if branch is None else x.contiguous())
     rows, dim = x.numel() // x.shape[-1], x.shape[-1]
-    y, rstd = _like(x), _statistic(x)
-    stream = x if branch is None else _like(x)
+    y, rstd = like(x), _statistic(x)
+    stream = x if branch is None else like(x)
     mean = rstd if bias is None else _statistic(x)
     block = _block(x)
     constants = tile("norm", f"forward/{block}", x.device)
@@ -200,7 +200,7 @@ def _backward(
     block = constants.pop("BLOCK", block)
     programs = multiprocessors(x.device) * constants.pop("PROGRAMS")
     programs = min(programs, triton.cdiv(rows, constants["ROWS"])) or 1
-    dx, dw_parts = _like(x), rstd.new_empty(programs, dim)
+    dx, dw_parts = like(x), rstd.new_empty(programs, dim)
     db_parts = dw_parts if mean is None else torch.empty_like(dw_parts)
     launch(
         _norm_backward,
@@ -214,10 +214,6 @@ def _backward(
         **constants,
     )
     return dx, dw_parts, db_parts
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _statistic(x: Tensor) -> Tensor:
@@ -266,23 +262,23 @@ def _wide(weight: Tensor) -> Tensor:
     return torch.empty_like(weight, dtype=torch.float32)
 
 
-rms_norm = operator("rms_norm", lambda x, weight, eps: (_like(x), _statistic(x)))(_rms_norm)
-layer_norm = operator("layer_norm", lambda x, weight, bias, eps: (_like(x), _statistic(x), _statistic(x)))(
+rms_norm = operator("rms_norm", lambda x, weight, eps: (like(x), _statistic(x)))(_rms_norm)
+layer_norm = operator("layer_norm", lambda x, weight, bias, eps: (like(x), _statistic(x), _statistic(x)))(
     _layer_norm
 )
-add_rms_norm = operator("add_rms_norm", lambda x, branch, weight, eps: (_like(x), _like(x), _statistic(x)))(
+add_rms_norm = operator("add_rms_norm", lambda x, branch, weight, eps: (like(x), like(x), _statistic(x)))(
     _add_rms_norm
 )
 add_layer_norm = operator(
     "add_layer_norm",
-    lambda x, branch, weight, bias, eps: (_like(x), _like(x), _statistic(x), _statistic(x)),
+    lambda x, branch, weight, bias, eps: (like(x), like(x), _statistic(x), _statistic(x)),
 )(_add_layer_norm)
 rms_norm_backward = operator(
-    "rms_norm_backward", lambda grad, grad_stream, x, weight, rstd: (_like(x), _wide(weight))
+    "rms_norm_backward", lambda grad, grad_stream, x, weight, rstd: (like(x), _wide(weight))
 )(_rms_norm_backward)
 layer_norm_backward = operator(
     "layer_norm_backward",
-    lambda grad, grad_stream, x, weight, mean, rstd: (_like(x), _wide(weight), _wide(weight)),
+    lambda grad, grad_stream, x, weight, mean, rstd: (like(x), _wide(weight), _wide(weight)),
 )(_layer_norm_backward)
 
 

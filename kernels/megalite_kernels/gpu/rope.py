@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megalite_kernels.gpu.launch import DTYPES, Case, launch, meta, operator
+from megalite_kernels.gpu.launch import DTYPES, Case, launch, like, meta, operator
 from megalite_kernels.tiles import tile
 
 
@@ -116,19 +116,15 @@ def _rope_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Ten
 
 
 def _rope_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x, y = _rows(x), _like(x)
+    x, y = _rows(x), like(x)
     _launch(x, (y, y, y), cos, sin, kv_heads=0, is_backward=False)
     return y
 
 
 def _rope_one_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    dy, dx = _rows(dy), _like(dy)
+    dy, dx = _rows(dy), like(dy)
     _launch(dx, (dy, dy, dy), cos, sin, kv_heads=0, is_backward=True)
     return dx
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _rope_qkv_fake(
@@ -146,8 +142,8 @@ def _rope_qkv_backward_fake(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin
 
 rope_qkv = operator("rope_qkv", _rope_qkv_fake)(_rope_qkv)
 rope_qkv_backward = operator("rope_qkv_backward", _rope_qkv_backward_fake)(_rope_qkv_backward)
-rope = operator("rope", lambda x, cos, sin: _like(x))(_rope_one)
-rope_backward = operator("rope_backward", lambda dy, cos, sin: _like(dy))(_rope_one_backward)
+rope = operator("rope", lambda x, cos, sin: like(x))(_rope_one)
+rope_backward = operator("rope_backward", lambda dy, cos, sin: like(dy))(_rope_one_backward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

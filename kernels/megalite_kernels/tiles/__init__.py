@@ -2,7 +2,7 @@
 
 One JSON file for each architecture and operation. "tiles" maps a variant to a kernel's constants and
 launch options; "choices" maps it to the measured winner with the evidence, the time of torch's best
-over ours: {"d128": {"winner": "triton", "speedup": 1.2}}. Nothing is tuned at run time, and no key
+over ours: {"d128/causal": {"winner": "triton", "speedup": 1.2}}. Nothing is tuned at run time, and no key
 holds a number of tokens, so no step of a run is slower than another because a batch came out longer.
 """
 

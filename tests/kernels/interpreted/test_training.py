@@ -19,11 +19,10 @@ from megalite.parallel.mesh import Mesh
 from megalite_kernels import gpu
 from tests.kernels.helpers import held_bytes
 from tests.ranks import SOLO, close_pools, run_ranks
-from tests.trainer.runs import curve, tiny, train, write_dataset
+from tests.trainer.runs import Curve, apart, curve, losses, tiny, train, write_dataset
 
 SMALL = ["model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1", "model.hidden_size=16"]
 SMALL += ["data.seq_len=16", "train.global_batch_size=2", "train.eval_samples=2"]
-Curve = list[tuple[float, float]]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +58,8 @@ def train_with(mesh: Mesh, implementation: str, root: str, overrides: list[str])
 
 
 def assert_close(ours: Curve, torchs: Curve) -> None:
-    for place, tolerance in ((0, 1e-5), (1, 1e-4)):
-        assert max(abs(a[place] / b[place] - 1) for a, b in zip(ours, torchs, strict=True)) < tolerance
+    assert apart(losses(ours), losses(torchs)) < 1e-5
+    assert apart(ours, torchs) < 1e-4
 
 
 def test_fifty_steps_of_kernels_are_fifty_steps_of_torch(root: Path) -> None:
@@ -98,7 +97,7 @@ def test_kernels_in_bf16_where_activations_are_computed_again(root: Path) -> Non
     ours, started = train_with(SOLO, "triton", str(root), steps)
     torchs, _ = train_with(SOLO, "torch", str(root), steps)
     assert len(started) >= 12, started
-    assert max(abs(a[0] / b[0] - 1) for a, b in zip(ours, torchs, strict=True)) < 2**-8
+    assert apart(losses(ours), losses(torchs)) < 2**-8
 
 
 class _Calls(TorchDispatchMode):
