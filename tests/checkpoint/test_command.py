@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megalite.checkpoint import command
 from megalite.checkpoint.commit import save
-from megalite.checkpoint.retention import Retention
+from megalite.checkpoint.retention import Retention, discard
 from megalite.cli import main
 from tests.checkpoint.helpers import owned, save_step
 from tests.ranks import SOLO, run_ranks
@@ -77,6 +79,23 @@ def test_a_file_cut_or_missing_is_found_by_list(run: Path, capsys: pytest.Captur
     assert "bytes; the manifest says" in str(second["fault"])
     assert "No such file" in str(first["fault"])
     assert first["step"] is None
+
+
+def test_what_a_run_at_work_deletes_meanwhile_is_not_broken(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deleted(folder: Path, reads_all: bool) -> dict[str, Any]:
+        if folder.name in gone:
+            discard(folder)
+        return describe(folder, reads_all)
+
+    gone, describe = ["step_00000001"], command.describe
+    monkeypatch.setattr(command, "describe", deleted)
+    assert main(["checkpoint", "verify", str(run), "--json"]) == 0
+    assert [record["step"] for record in lines(capsys)] == [2]
+    gone.append("step_00000002")
+    assert main(["checkpoint", "verify", str(run)]) == 2
+    assert "newer ones have taken the place of all of them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["", "nowhere"])
