@@ -35,7 +35,7 @@ class Recovery:
         self.detector = SpikeDetector(config.resilience)
         self.ladder = Ladder(config)
         self.snapshots = Snapshots(keys.snapshot_every_steps, keys.snapshots_kept, mesh)
-        self._regime: tuple[int, int] | None = None
+        self._regime: tuple[int, ...] | None = None
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ class Recovery:
         state = meta["recovery"]
         self.detector.load(state["detector"])
         self.ladder.load(state["ladder"], ledger)
-        self._regime = None if state["regime"] is None else (int(state["regime"][0]), int(state["regime"][1]))
+        self._regime = None if state["regime"] is None else tuple(map(int, state["regime"]))
 
     # --- at the start ---------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ class Recovery:
 
     # --- at every step --------------------------------------------------------------------------
 
-    def enter(self, regime: tuple[int, int]) -> None:
+    def enter(self, regime: tuple[int, ...]) -> None:
         """The next step's kind of data, `DataLoader.regime`: when it changes, so may the loss."""
         if self._regime is not None and regime != self._regime:
             self.detector.forget()

@@ -280,8 +280,10 @@ class Trainer:
         Raises:  CheckpointError if it is of another model or tokenizer; ConfigError if the data would be
                  read in another order; DataError if it does not last for the run
         """
+        self.has_new_mixture = False
         if found is None:
             self.step = self.position = self.tokens = 0
+            self.loader.restore(None, 0)
             self.engine.initialize()
         else:
             self.step, self.position = found.step, found.position
@@ -289,8 +291,8 @@ class Trainer:
                 self.engine.load_snapshot(found.state)
             else:
                 self._check_tokenizer(found)
-                if "loader" in found.meta:  # an imported model has read nothing
-                    self.has_new_mixture = self.loader.restore(found.meta["loader"], self.position)
+                # An imported model has read nothing.
+                self.has_new_mixture = self.loader.restore(found.meta.get("loader"), self.position)
                 self.engine.load_state(found)
             self.tokens = int(found.meta["tokens"])
         self.recovery.load(None if found is None else found.meta, ledger)
@@ -340,16 +342,19 @@ class Trainer:
         steps = self.config.train.steps
         rest = "" if self.step < steps else ", so nothing is left to do; a larger train.steps goes on"
         self.log.say(f"continuing {self.run_dir} at step {self.step} of {steps}{rest}")
-        if self.has_new_mixture:
-            self.log.event("mixture", self.step, position=self.position)
-            self.log.say(
-                "note: the mixture of sources is another from here on; each continues where it stood"
-            )
+        self._tell_of_mixture()
         for key, (old, new) in changed_keys(
             found.meta["config"], self.config.model_dump(mode="json")
         ).items():
             if key != "run_dir":
                 self.log.say(f"note: {key} was {old!r} when step {found.step} was saved and is now {new!r}")
+
+    def _tell_of_mixture(self) -> None:
+        if self.has_new_mixture:
+            self.log.event("mixture", self.step, position=self.position)
+            self.log.say(
+                "note: the mixture of sources is another from here on; each continues where it stood"
+            )
 
     # --- after a step ---------------------------------------------------------------------------
 
@@ -416,6 +421,7 @@ class Trainer:
             f"{rollback.skipped[0]} to {rollback.skipped[1] - 1}"
         )
         self._restore(found, [*ladder.rollbacks, rollback])
+        self._tell_of_mixture()  # of a checkpoint from before it was changed
         self.recovery.snapshots.forget_after(to_step)
         self.log.resume(to_step)
 

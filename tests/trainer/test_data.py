@@ -80,11 +80,17 @@ def test_the_mixture_may_change_on_resume_but_not_the_order(
         Trainer(tiny(root, "train.steps=4", one, "data.seq_len=16"), alone)
     trainer = Trainer(tiny(root, "train.steps=4", two), alone)
     assert trainer.loader.blend.cursors(48) == [0, 48]
+    # Of other data another loss is to be expected, which must not be taken for a spike.
+    assert len(trainer.recovery.detector.state()["losses"]) == 2
+    trainer.recovery.enter(trainer.loader.regime(48))
+    assert trainer.recovery.detector.state()["losses"] == []
     trainer.fit(PreemptionFlag())
     assert "mixture of sources is another from here on" in capsys.readouterr().err
     assert [e["step"] for e in read_json_lines(root / "run/ledger.jsonl") if e["event"] == "mixture"] == [2]
     again = Trainer(tiny(root, "train.steps=4", two), alone)
     assert not again.has_new_mixture
+    again.recovery.enter(again.loader.regime(96))
+    assert len(again.recovery.detector.state()["losses"]) == 2
     assert again.loader.blend.cursors(96) == [24, 72]
 
 
