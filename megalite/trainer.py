@@ -223,7 +223,9 @@ class Trainer:
         Raises:  CheckpointError if the last save of this process failed; the older checkpoints are whole
         """
         self.watch.check_replicas(self.step)
-        losses = {key: record[key] for key in ("loss", "val_loss") if key in record}
+        losses = {
+            key: record[key] for key in ("loss", "val_loss") if math.isfinite(record.get(key, math.nan))
+        }
         self.writer.save(self.step, self.position, self._meta() | losses, self.engine, is_last)
 
     def _meta(self) -> dict[str, Any]:
@@ -388,7 +390,7 @@ class Trainer:
         to_step, begun = (0, 0) if found is None else (found.step, found.position)
         skipped = samples(ladder.window(spike, to_step), begun)
         rollback = Rollback(spike.onset, spike.detected, spike.reason, to_step, skipped)
-        curve = f"spikes/step_{spike.detected:08d}.jsonl"
+        curve = f"spikes/rollback_{len(ladder.rollbacks) + 1:04d}.jsonl"
         self.log.keep_curve(self.run_dir / curve, to_step)
         told = rollback.to_json() | {"curve": curve}
         together(lambda: self.log.commit("rollback", self.step, **told), self.mesh)
