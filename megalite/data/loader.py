@@ -218,7 +218,8 @@ class DataLoader:
         self.skip(state["skipped"])
         self.bad_blocks |= {(file, batch): reason for file, batch, reason in state["bad_blocks"]}
         is_changed: bool = state["mixture"] != self._mixture_digest()
-        origin = self.skips.index_at(position) if is_changed else state["origin"]
+        # Where it stood: what has been left out since then, a restart learns only after this.
+        origin = Skips(state["skipped"]).index_at(position) if is_changed else state["origin"]
         cursors = state["cursors"] if is_changed else state["origin_cursors"]
         self._gone = {name: cursor for name, cursor in cursors.items() if name not in self.names}
         begun = [int(cursors.get(name, 0)) for name in self.names]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megalite.checkpoint.store import open_checkpoint
 from megalite.config import Config
 from megalite.data.batch import Batch
 from megalite.data.shards import Dataset
@@ -92,6 +93,10 @@ def test_the_mixture_may_change_on_resume_but_not_the_order(
     again.recovery.enter(again.loader.regime(96))
     assert len(again.recovery.detector.state()["losses"]) == 2
     assert again.loader.blend.cursors(96) == [24, 72]
+    # Back to before it was changed, with samples left out since: as a run that is started again has it.
+    again.loader.skip([(48, 72)])
+    assert again.loader.restore(open_checkpoint(root / "run/checkpoints/step_00000002").meta["loader"], 48)
+    assert again.loader.blend.origin == 48
 
 
 def test_a_run_that_its_data_does_not_last_for_does_not_start(root: Path, alone: Mesh) -> None:
