@@ -109,7 +109,7 @@ def describe(folder: Path, reads_all: bool) -> dict[str, Any]:
         if folder.name.startswith("step_") and manifest.step != step_of(folder.name):
             raise CheckpointError(f"{folder} holds step {manifest.step}; its name says otherwise")
         _check_files(folder, manifest, reads_all)
-    except CheckpointError as error:
+    except (CheckpointError, FileNotFoundError) as error:
         record["fault"] = str(error)
     return record
 

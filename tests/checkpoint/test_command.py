@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megalite.checkpoint import command
+from megalite.checkpoint import format
 from megalite.checkpoint.commit import save
+from megalite.checkpoint.format import Manifest, read_manifest
 from megalite.checkpoint.retention import Retention, discard
 from megalite.cli import main
 from tests.checkpoint.helpers import owned, save_step
@@ -84,13 +84,15 @@ def test_a_file_cut_or_missing_is_found_by_list(run: Path, capsys: pytest.Captur
 def test_what_a_run_at_work_deletes_meanwhile_is_not_broken(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def deleted(folder: Path, reads_all: bool) -> dict[str, Any]:
-        if folder.name in gone:
-            discard(folder)
-        return describe(folder, reads_all)
+    def deleted(path: Path) -> Manifest:
+        """As soon as its manifest has been read."""
+        manifest = read_manifest(path)
+        if path.parent.name in gone:
+            discard(path.parent)
+        return manifest
 
-    gone, describe = ["step_00000001"], command.describe
-    monkeypatch.setattr(command, "describe", deleted)
+    gone = ["step_00000001"]
+    monkeypatch.setattr(format, "read_manifest", deleted)
     assert main(["checkpoint", "verify", str(run), "--json"]) == 0
     assert [record["step"] for record in lines(capsys)] == [2]
     gone.append("step_00000002")
