@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -40,14 +41,13 @@ class JsonLines:
             os.fsync(self._file.fileno())
 
     def drop_after(self, step: int) -> None:
-        """Remove what a run wrote past the checkpoint it now continues from, and a torn last line."""
-        kept = [line for line in read_json_lines(self.path) if line.get("step", 0) <= step]
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
-        os.replace(fresh, self.path)
+        """Cut off what a run wrote past the checkpoint it now continues from, and a torn last line."""
         with suppress(OSError):  # of lines it could not write when it was asked to
             self._file.close()
         self._file = self.path.open("a", encoding="utf-8")
+        kept = takewhile(lambda found: found[0].get("step", 0) <= step, _records(self.path))
+        # In place, which a full disk allows: what stayed would soon be there twice.
+        os.truncate(self.path, max((end for _, end in kept), default=0))
 
     def close(self) -> None:
         """Close the file."""
@@ -56,16 +56,19 @@ class JsonLines:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; a line torn by a kill is left out."""
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+    return [record for record, _ in _records(path)] if path.exists() else []
+
+
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """One after another, for a long run's do not fit in memory; and the byte at which each ends."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            end += len(line)
+            with suppress(ValueError):
                 record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-    return records
+                if isinstance(record, dict):
+                    yield record, end
 
 
 class RunLog:
@@ -148,7 +151,7 @@ class RunLog:
         """
         if self._metrics is None:
             return
-        records = [record for record in read_json_lines(self._metrics.path) if record.get("step", 0) > after]
+        records = [record for record, _ in _records(self._metrics.path) if record.get("step", 0) > after]
         try:
             path.parent.mkdir(exist_ok=True)
             path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -217,7 +220,7 @@ def _print(line: str) -> None:
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

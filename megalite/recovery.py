@@ -35,7 +35,7 @@ class Recovery:
         self.detector = SpikeDetector(config.resilience)
         self.ladder = Ladder(config)
         self.snapshots = Snapshots(keys.snapshot_every_steps, keys.snapshots_kept, mesh)
-        self._regime: tuple[int, int] | None = None
+        self._regime: tuple[int, ...] | None = None
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ class Recovery:
         state = meta["recovery"]
         self.detector.load(state["detector"])
         self.ladder.load(state["ladder"], ledger)
-        self._regime = None if state["regime"] is None else (int(state["regime"][0]), int(state["regime"][1]))
+        self._regime = None if state["regime"] is None else tuple(map(int, state["regime"]))
 
     # --- at the start ---------------------------------------------------------------------------
 
@@ -81,13 +81,14 @@ class Recovery:
             found.is_shared = True
             raise found from None
 
-    def newest(self, ledger: list[Rollback]) -> Checkpoint | None:
-        """The newest checkpoint that verifies and is not of a future that the run has left.
+    def newest(self, ledger: list[Rollback], before: int | None = None) -> Checkpoint | None:
+        """The newest checkpoint, of those at or before a step where one is given, that verifies and is not of
+        a future that the run has left.
 
-        Raises:  CheckpointError if there are checkpoints and none verifies
+        Raises:  CheckpointError if there are such checkpoints and none verifies
         """
         root = self._run_dir / "checkpoints"
-        found = newest(root, self._mesh)
+        found = newest(root, self._mesh, before)
         while found is not None:
             told = found.meta["recovery"]["ladder"]["rollbacks"] if "recovery" in found.meta else []
             known = [Rollback.from_json(record) for record in told]
@@ -99,7 +100,7 @@ class Recovery:
 
     # --- at every step --------------------------------------------------------------------------
 
-    def enter(self, regime: tuple[int, int]) -> None:
+    def enter(self, regime: tuple[int, ...]) -> None:
         """The next step's kind of data, `DataLoader.regime`: when it changes, so may the loss."""
         if self._regime is not None and regime != self._regime:
             self.detector.forget()
@@ -122,14 +123,14 @@ class Recovery:
     def target(self, spike: Spike) -> KeptSnapshot | Checkpoint | None:
         """What to go back to: the newest snapshot that is old enough, or checkpoint.
 
-        Where none is, what lies before the onset at all, the oldest snapshot first; None, the seed, only
-        where there is nothing else.
+        Where none is, what lies before the onset at all, the oldest snapshot first, or else the newest
+        checkpoint there is; None, the seed, only where the run has none.
 
         Raises:  CheckpointError if there are checkpoints before the onset and none verifies
         """
-        root, latest, onset = self._run_dir / "checkpoints", self.ladder.latest_target(spike), spike.onset - 1
-        found = self.snapshots.newest_before(latest) or newest(root, self._mesh, before=latest)
+        ledger, latest, onset = self.ladder.rollbacks, self.ladder.latest_target(spike), spike.onset - 1
+        found = self.snapshots.newest_before(latest) or self.newest(ledger, latest)
         early = [step for step in self.snapshots.steps if step <= onset]
         if found is None and early:
             found = self.snapshots.newest_before(min(early))
-        return found or newest(root, self._mesh, before=onset)
+        return found or self.newest(ledger, onset) or self.newest(ledger)

@@ -90,7 +90,10 @@ def _curve(path: Path, rollback: Rollback) -> Iterator[str]:
 
 def describe(loader: DataLoader, samples: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
     """A line for each document in the samples [start, stop): its source, its name, how it begins."""
-    for sample in range(samples[0], samples[1]):
+    known = max(samples[0], min(loader.blend.origin, samples[1]))
+    if known > samples[0]:
+        yield f"    samples {samples[0]} to {known - 1} were drawn from another mixture than today's"
+    for sample in range(known, samples[1]):
         for passage in passages(loader, sample):
             text = " ".join(tokenizer.decode(passage.tokens[: 2 * _EXCERPT].tolist()).split())
             yield f"    sample {sample}  {passage.source}  {passage.doc_id}  {text[:_EXCERPT]!r}"
@@ -107,8 +110,7 @@ def open_loader(run: Path) -> DataLoader:
     loader, _ = open_loaders(config, build_mesh())
     if (run / "checkpoints").exists():
         found = open_checkpoint(run)
-        if "loader" in found.meta:  # an imported model has read nothing
-            loader.restore(found.meta["loader"], found.position)
+        loader.restore(found.meta.get("loader"), found.position)
     return loader
 
 

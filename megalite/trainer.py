@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from megalite.agreement import agree_on_config, agree_on_data, together
 from megalite.checkpoint.snapshots import KeptSnapshot
@@ -25,8 +22,8 @@ from megalite.checkpoint.store import Checkpoint
 from megalite.checkpoint.writer import Writer
 from megalite.config import Config
 from megalite.config_file import changed_keys
-from megalite.data.batch import IGNORE, Batch
-from megalite.data.loader import DataLoader, Share
+from megalite.data.batch import Batch
+from megalite.data.loader import Share
 from megalite.engines.allocator import keep_freed_memory
 from megalite.engines.engine import Engine
 from megalite.engines.native import NativeEngine
@@ -45,6 +42,7 @@ from megalite.resilience.rerun import blame, changed_ranks
 from megalite.run_data import open_loaders, quarantine
 from megalite.run_folder import RunFolder
 from megalite.spikes import write_report
+from megalite.validation import validate
 
 
 class Trainer:
@@ -121,23 +119,24 @@ class Trainer:
                 record["bad_blocks"] = len(self.loader.bad_blocks)
                 if scale.is_dynamic:
                     record["loss_scale"] = scale.value
-                is_last = self.step == train.steps
+                is_last, is_preempted = self.step == train.steps, report.is_preempted
                 is_due = train.eval_every_steps and self.step % train.eval_every_steps == 0
                 # Who asks to stop waits for the save; only the end has no later validation.
-                if (is_due and not report.is_preempted) or (train.eval_every_steps and is_last):
-                    record["val_loss"], losses = self.evaluate()
-                    record |= {"val_losses": losses} if len(losses) > 1 else {}
+                if (is_due and not is_preempted) or (train.eval_every_steps and is_last):
+                    losses = self.evaluate(None if is_last else flag)
+                    is_preempted = is_preempted or losses is None
+                    record |= losses or {}
                 self.log.step(record)
                 spike = self._review(report)
-                if spike is not None and not report.is_preempted:
+                if spike is not None:
                     return spike
-                if is_last or report.is_preempted or (every and self.step % every == 0):
-                    self.save(record, is_last or report.is_preempted)
+                if is_last or is_preempted or (every and self.step % every == 0):
+                    self.save(record, is_last or is_preempted)
                 self.writer.poll()
                 snapshots = self.recovery.snapshots
                 if snapshots.is_due(self.step):
                     snapshots.take(self.step, self.position, self._meta(), self.engine.snapshot)
-                if report.is_preempted and not is_last:
+                if is_preempted and not is_last:
                     self.log.event("preempted", self.step, cause=flag.cause)
                     raise PreemptedError(
                         f"asked to stop: saved step {self.step} in {self.run_dir}; the same command continues"
@@ -212,34 +211,11 @@ class Trainer:
             raise DivergedError(f"{line}; take its host out, and continue from {self.run_dir}/checkpoints")
         return runs[-1], "hardware"
 
-    def evaluate(self) -> tuple[float, list[float]]:
-        """Mean cross-entropy in nats over the validation samples, the same samples every time: of all of
-        them, and of those of each dataset (nan where one has none among them)."""
-        loader = self.validation
-        if loader is None:
+    def evaluate(self, flag: PreemptionFlag | None = None) -> dict[str, Any] | None:
+        """The losses of validation, see `validate`; None, on every rank, if the flag of any goes up."""
+        if self.validation is None:
             raise ConfigError("data.validation is empty; name a held-out dataset")
-        count = min(self.config.train.eval_samples, sum(loader.samples))
-        source, _ = loader.locate(np.arange(count))
-        parts = [np.flatnonzero(source == n) for n in range(len(loader.datasets))]
-        sums = [
-            self.engine.evaluate(self._share_of(loader, ids)) if ids.size else (0.0, 0.0) for ids in parts
-        ]
-        vector = torch.tensor(sums, dtype=torch.float64, device=self.mesh.device)
-        loss, tokens = all_reduce(vector, self.mesh.world).unbind(1)
-        return float(loss.sum() / tokens.sum().clamp(min=1.0)), (loss / tokens).tolist()
-
-    def _share_of(self, loader: DataLoader, samples: NDArray[np.int64]) -> Iterator[Batch]:
-        """This rank's micro-batches of validation samples.
-
-        Every rank takes as many, since a forward pass may need the others' weights: what is over is
-        computed with no label asked.
-        """
-        dp, width, count = self.mesh.dp, self.config.train.micro_batch_size, len(samples)
-        mine = np.arange(dp.rank, -(-count // dp.size) * dp.size, dp.size)
-        for places in (mine[i : i + width] for i in range(0, len(mine), width)):
-            found = loader.batch(samples[np.minimum(places, count - 1)])
-            asked = (places < count)[:, None]
-            yield replace(found, labels=np.where(asked, found.labels, IGNORE))
+        return validate(self.engine, self.validation, self.config.train, self.mesh, flag)
 
     def save(self, record: dict[str, Any], is_last: bool) -> None:
         """Save this step, of which `record` tells the losses; see `Writer.save`.
@@ -247,7 +223,9 @@ class Trainer:
         Raises:  CheckpointError if the last save of this process failed; the older checkpoints are whole
         """
         self.watch.check_replicas(self.step)
-        losses = {key: record[key] for key in ("loss", "val_loss") if key in record}
+        losses = {
+            key: record[key] for key in ("loss", "val_loss") if math.isfinite(record.get(key, math.nan))
+        }
         self.writer.save(self.step, self.position, self._meta() | losses, self.engine, is_last)
 
     def _meta(self) -> dict[str, Any]:
@@ -280,8 +258,10 @@ class Trainer:
         Raises:  CheckpointError if it is of another model or tokenizer; ConfigError if the data would be
                  read in another order; DataError if it does not last for the run
         """
+        self.has_new_mixture = False
         if found is None:
             self.step = self.position = self.tokens = 0
+            self.loader.restore(None, 0)
             self.engine.initialize()
         else:
             self.step, self.position = found.step, found.position
@@ -289,8 +269,8 @@ class Trainer:
                 self.engine.load_snapshot(found.state)
             else:
                 self._check_tokenizer(found)
-                if "loader" in found.meta:  # an imported model has read nothing
-                    self.has_new_mixture = self.loader.restore(found.meta["loader"], self.position)
+                # An imported model has read nothing.
+                self.has_new_mixture = self.loader.restore(found.meta.get("loader"), self.position)
                 self.engine.load_state(found)
             self.tokens = int(found.meta["tokens"])
         self.recovery.load(None if found is None else found.meta, ledger)
@@ -340,16 +320,19 @@ class Trainer:
         steps = self.config.train.steps
         rest = "" if self.step < steps else ", so nothing is left to do; a larger train.steps goes on"
         self.log.say(f"continuing {self.run_dir} at step {self.step} of {steps}{rest}")
-        if self.has_new_mixture:
-            self.log.event("mixture", self.step, position=self.position)
-            self.log.say(
-                "note: the mixture of sources is another from here on; each continues where it stood"
-            )
+        self._tell_of_mixture()
         for key, (old, new) in changed_keys(
             found.meta["config"], self.config.model_dump(mode="json")
         ).items():
             if key != "run_dir":
                 self.log.say(f"note: {key} was {old!r} when step {found.step} was saved and is now {new!r}")
+
+    def _tell_of_mixture(self) -> None:
+        if self.has_new_mixture:
+            self.log.event("mixture", self.step, position=self.position)
+            self.log.say(
+                "note: the mixture of sources is another from here on; each continues where it stood"
+            )
 
     # --- after a step ---------------------------------------------------------------------------
 
@@ -407,7 +390,7 @@ class Trainer:
         to_step, begun = (0, 0) if found is None else (found.step, found.position)
         skipped = samples(ladder.window(spike, to_step), begun)
         rollback = Rollback(spike.onset, spike.detected, spike.reason, to_step, skipped)
-        curve = f"spikes/step_{spike.detected:08d}.jsonl"
+        curve = f"spikes/rollback_{len(ladder.rollbacks) + 1:04d}.jsonl"
         self.log.keep_curve(self.run_dir / curve, to_step)
         told = rollback.to_json() | {"curve": curve}
         together(lambda: self.log.commit("rollback", self.step, **told), self.mesh)
@@ -416,6 +399,7 @@ class Trainer:
             f"{rollback.skipped[0]} to {rollback.skipped[1] - 1}"
         )
         self._restore(found, [*ladder.rollbacks, rollback])
+        self._tell_of_mixture()  # of a checkpoint from before it was changed
         self.recovery.snapshots.forget_after(to_step)
         self.log.resume(to_step)
 

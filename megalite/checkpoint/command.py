@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _run(args: argparse.Namespace) -> int:
     folders = _folders(args.run)
     records = [describe(folder, args.reads_all) for folder in folders]
+    # What a run at work has deleted meanwhile is not broken.
+    records = [r for r, folder in zip(records, folders, strict=True) if not r["fault"] or lexists(folder)]
+    if not records:
+        raise CheckpointError(
+            f"{args.run}: newer ones have taken the place of all of them meanwhile; ask again"
+        )
     if args.json:
         print("\n".join(json.dumps(record) for record in records))
     else:
@@ -102,7 +109,7 @@ def describe(folder: Path, reads_all: bool) -> dict[str, Any]:
         if folder.name.startswith("step_") and manifest.step != step_of(folder.name):
             raise CheckpointError(f"{folder} holds step {manifest.step}; its name says otherwise")
         _check_files(folder, manifest, reads_all)
-    except CheckpointError as error:
+    except (CheckpointError, FileNotFoundError) as error:
         record["fault"] = str(error)
     return record
 

@@ -186,7 +186,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not root.is_dir():
         raise CheckpointError(f"no folder {path}; give a run folder or a checkpoint in it")
-    found = newest(root, Mesh(rank=0, size=1, dp=Axis(), device=torch.device("cpu")))
+    names = candidates(root)
+    try:
+        found = newest(root, Mesh(rank=0, size=1, dp=Axis(), device=torch.device("cpu")))
+    except CheckpointError:
+        if candidates(root) == names:
+            raise
+        return open_checkpoint(path)  # a run at work has put newer ones in their place meanwhile
     if found is None:
         raise CheckpointError(f"{path} holds no checkpoint; give a run folder or a checkpoint in it")
     return found

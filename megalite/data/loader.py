@@ -192,14 +192,18 @@ class DataLoader:
             "bad_blocks": [[*place, reason] for place, reason in self.bad_blocks.items()],
         }
 
-    def restore(self, state: dict[str, Any], position: int) -> bool:
-        """Continue at `position` where the loader with this `state` stood; whether the mixture is another.
+    def restore(self, state: dict[str, Any] | None, position: int) -> bool:
+        """Continue at `position` where the loader with this `state` stood, which is None before the first
+        sample; whether the mixture is another.
 
         With the mixture it was saved with, the run draws what it would have drawn. With another one it
         begins that here, and every source, be there more or fewer of them, goes on at its cursor.
 
         Raises:  ConfigError if the settings that number a source's samples are others
         """
+        if state is None:
+            self._gone, self.blend = {}, Blend(self._phases, self._limits)
+            return False
         for key, value in self._order_settings().items():
             if (old := state["order"][key]) != value:
                 raise ConfigError(
@@ -209,7 +213,8 @@ class DataLoader:
         self.skip(state["skipped"])
         self.bad_blocks |= {(file, batch): reason for file, batch, reason in state["bad_blocks"]}
         is_changed: bool = state["mixture"] != self._mixture_digest()
-        origin = self.skips.index_at(position) if is_changed else state["origin"]
+        # Where it stood: what has been left out since then, a restart learns only after this.
+        origin = Skips(state["skipped"]).index_at(position) if is_changed else state["origin"]
         cursors = state["cursors"] if is_changed else state["origin_cursors"]
         self._gone = {name: cursor for name, cursor in cursors.items() if name not in self.names}
         begun = [int(cursors.get(name, 0)) for name in self.names]
@@ -256,12 +261,12 @@ class DataLoader:
 
     # --- reading --------------------------------------------------------------------------------
 
-    def regime(self, position: int) -> tuple[int, int]:
+    def regime(self, position: int) -> tuple[int, int, int]:
         """What the loss of the step that begins at `position` depends on beside the weights: the tokens a
-        row, and how many of the mixture's phases have begun."""
+        row, how many of the mixture's phases have begun, and where the run began with this mixture."""
         index = self.skips.index_at(position)
         row_len = int(self._seq_lens.at(np.array([index]))[0])
-        return row_len, sum(phase.start <= index for phase in self._phases)
+        return row_len, sum(phase.start <= index for phase in self._phases), self.blend.origin
 
     def locate(self, sample_ids: Ints) -> tuple[Ints, Ints]:
         """Source and sample number within it of each global sample index; int64 [n] each.

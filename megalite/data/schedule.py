@@ -71,10 +71,15 @@ class Blend:
     def locate(self, index: Ints) -> tuple[Ints, Ints]:
         """Source of each global sample, and how many samples that source gave before; int64 [n] each.
 
-        Raises:  DataError past the end of all sources
+        Raises:  DataError before the mixture, or past the end of all sources
         """
         if index.size:
             self.check(int(index.max()))
+            if (first := int(index.min())) < self.origin:
+                raise DataError(
+                    f"global sample {first} was drawn before sample {self.origin}, where the mixture of "
+                    "sources became another; what it was, the configuration of that time tells"
+                )
         source, nth = np.empty_like(index), np.empty_like(index)
         number = np.searchsorted(self._starts, index, side="right") - 1
         for n in sorted(set(number.tolist())):

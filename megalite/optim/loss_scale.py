@@ -47,6 +47,7 @@ class LossScale:
         return {"value": self.value, "good_steps": self.good_steps} if self.is_dynamic else {}
 
     def load(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint; one of a run in another precision changes nothing."""
+        """Go on from a checkpoint; from one of a run in another precision as from the start."""
+        self.reset()
         if self.is_dynamic and state:
             self.value, self.good_steps = float(state["value"]), int(state["good_steps"])

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megalite.checkpoint import format
 from megalite.checkpoint.commit import save
-from megalite.checkpoint.retention import Retention
+from megalite.checkpoint.format import Manifest, read_manifest
+from megalite.checkpoint.retention import Retention, discard
 from megalite.cli import main
 from tests.checkpoint.helpers import owned, save_step
 from tests.ranks import SOLO, run_ranks
@@ -77,6 +79,25 @@ def test_a_file_cut_or_missing_is_found_by_list(run: Path, capsys: pytest.Captur
     assert "bytes; the manifest says" in str(second["fault"])
     assert "No such file" in str(first["fault"])
     assert first["step"] is None
+
+
+def test_what_a_run_at_work_deletes_meanwhile_is_not_broken(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deleted(path: Path) -> Manifest:
+        """As soon as its manifest has been read."""
+        manifest = read_manifest(path)
+        if path.parent.name in gone:
+            discard(path.parent)
+        return manifest
+
+    gone = ["step_00000001"]
+    monkeypatch.setattr(format, "read_manifest", deleted)
+    assert main(["checkpoint", "verify", str(run), "--json"]) == 0
+    assert [record["step"] for record in lines(capsys)] == [2]
+    gone.append("step_00000002")
+    assert main(["checkpoint", "verify", str(run)]) == 2
+    assert "newer ones have taken the place of all of them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["", "nowhere"])

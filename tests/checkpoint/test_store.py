@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,22 @@ def test_newest_is_by_step_not_by_time(tmp_path: Path) -> None:
     for step, seconds in ((5, 3000), (20, 2000), (100, 1000)):
         os.utime(tmp_path / step_name(step), (seconds, seconds))
     assert run_ranks(choose, 2, str(tmp_path)) == [(100, ())] * 2
+
+
+def test_a_run_at_work_may_put_a_newer_one_in_the_place_of_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With keep_last = 1, while the one before is being verified."""
+    verify = store.verify_file
+
+    def outrun(*args: Any) -> None:
+        if not (tmp_path / step_name(2)).exists():
+            save_step(SOLO, tmp_path, 2, keep_last=1)
+        verify(*args)
+
+    save_step(SOLO, tmp_path, 1, keep_last=1)
+    monkeypatch.setattr(store, "verify_file", outrun)
+    assert open_checkpoint(tmp_path).step == 2
 
 
 def test_steps_beyond_eight_digits_still_sort_by_number(tmp_path: Path) -> None:

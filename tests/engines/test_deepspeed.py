@@ -168,7 +168,7 @@ def test_deepspeed_used_plainly_gives_our_losses(root: Path, alone: Mesh, stage:
 def _state(trainer: Trainer) -> list[torch.Tensor]:
     """Master weights and moments, and the compute weights as a forward pass sees them."""
     kept = [part.values.clone() for part in trainer.engine.state_slices()]
-    return [*kept, torch.tensor(trainer.evaluate()[0], dtype=torch.float64)]
+    return [*kept, torch.tensor(trainer.evaluate()["val_loss"], dtype=torch.float64)]
 
 
 def _train_poisoned(mesh: Mesh, config: Config, rank: int, name: str) -> tuple[int, Curve]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megalite.checkpoint.store import open_checkpoint
 from megalite.config import Config
 from megalite.data.batch import Batch
 from megalite.data.shards import Dataset
@@ -80,12 +81,22 @@ def test_the_mixture_may_change_on_resume_but_not_the_order(
         Trainer(tiny(root, "train.steps=4", one, "data.seq_len=16"), alone)
     trainer = Trainer(tiny(root, "train.steps=4", two), alone)
     assert trainer.loader.blend.cursors(48) == [0, 48]
+    # Of other data another loss is to be expected, which must not be taken for a spike.
+    assert len(trainer.recovery.detector.state()["losses"]) == 2
+    trainer.recovery.enter(trainer.loader.regime(48))
+    assert trainer.recovery.detector.state()["losses"] == []
     trainer.fit(PreemptionFlag())
     assert "mixture of sources is another from here on" in capsys.readouterr().err
     assert [e["step"] for e in read_json_lines(root / "run/ledger.jsonl") if e["event"] == "mixture"] == [2]
     again = Trainer(tiny(root, "train.steps=4", two), alone)
     assert not again.has_new_mixture
+    again.recovery.enter(again.loader.regime(96))
+    assert len(again.recovery.detector.state()["losses"]) == 2
     assert again.loader.blend.cursors(96) == [24, 72]
+    # Back to before it was changed, with samples left out since: as a run that is started again has it.
+    again.loader.skip([(48, 72)])
+    assert again.loader.restore(open_checkpoint(root / "run/checkpoints/step_00000002").meta["loader"], 48)
+    assert again.loader.blend.origin == 48
 
 
 def test_a_run_that_its_data_does_not_last_for_does_not_start(root: Path, alone: Mesh) -> None:

@@ -225,6 +225,35 @@ def test_being_asked_to_stop_at_a_step_that_is_validated_saves_at_once(root: Pat
     assert [r["step"] for r in train(alone, tiny(root, *every)) if "val_loss" in r] == [2, 6]
 
 
+def stop_in_validation(mesh: Mesh, config: Config) -> tuple[list[dict[str, Any]], int]:
+    """Ask the last rank to stop in the validation after step 4; what is left to read, the pieces computed."""
+    trainer, flag, pieces = Trainer(config, mesh), PreemptionFlag(), []
+    evaluate = trainer.engine.evaluate
+
+    def heard(batches: Any) -> tuple[float, float]:
+        pieces.append(trainer.step)
+        flag._is_heard = trainer.step >= 4 and mesh.rank == mesh.size - 1
+        return evaluate(batches)
+
+    trainer.engine.evaluate = heard  # type: ignore[method-assign]
+    with pytest.raises(PreemptedError):
+        trainer.fit(flag)
+    return metrics(Path(config.run_dir)), pieces.count(4)
+
+
+def test_being_asked_to_stop_in_a_validation_saves_at_once(root: Path, alone: Mesh) -> None:
+    common = ["train.steps=6", "train.eval_every_steps=2", "train.eval_samples=50", "checkpoint.keep_best=1"]
+    config = tiny(root, *common, "train.micro_batch_size=1", "model.num_layers=1")
+    records, pieces = run_ranks(stop_in_validation, 2, config)[0]
+    assert pieces == 1 < 50 // 16
+    assert [r["step"] for r in records if "val_loss" in r] == [2]
+    assert [path.name for path in (root / "run/checkpoints").iterdir()] == ["step_00000004"]
+    whole = run_ranks(train, 2, config.model_copy(update={"run_dir": str(root / "whole")}))[0]
+    resumed = run_ranks(train, 2, config)[0]
+    assert curve(resumed) == curve(whole)
+    assert resumed[-1]["val_loss"] == whole[-1]["val_loss"]
+
+
 def test_sigterm_on_one_rank_saves_on_all_and_exits_75(root: Path, alone: Mesh) -> None:
     config = tiny(root, "train.steps=100000", "optim.schedule=constant")
     processes = spawn_ranks(_train_until_killed, 2, config)
