@@ -256,6 +256,21 @@ def test_every_key_is_described() -> None:
         assert key in text
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.sliding_window",  # which attention would else take for another, smaller one
+        "data.shuffle_chunks",
+        "train.steps",
+        "train.global_batch_size",
+        "train.loss_scale",
+        "resilience.skip_steps",
+    ],
+)
+def test_numbers_that_overflow_are_refused(tmp_path: Path, key: str) -> None:
+    assert f"{key}=100000000000000000000: should be less than" in _mistake(tmp_path, TOML, f"{key}={10**20}")
+
+
 def test_changed_keys_are_dotted() -> None:
     old = {"a": {"b": 1, "c": 2}, "d": 3}
     assert changed_keys(old, {"a": {"b": 1, "c": 5}, "d": 3}) == {"a.c": (2, 5)}

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from megalite_kernels.cost import Cost
 from megalite_kernels.dispatch import Impl, resolve
+
+# On CPU torch computes so many elements at once, or a divisor of it, and what is over one by one, rounded
+# otherwise. So the last few are filled up: what an element becomes must not depend on where in a shard it
+# lies, for another rank may hold it elsewhere.
+_LANES = 16
 
 
 def adamw_(
@@ -57,13 +63,16 @@ def adamw_(
             inverse = grad_scale.float().reciprocal()
         else:
             inverse = torch.tensor(1 / grad_scale, device=weight.device)
+        flat = [weight, grad.to(weight.dtype), exp_avg, exp_avg_sq]
+        rest = len(weight) % _LANES if weight.device.type == "cpu" else 0
+        parts = [[t[:-rest], F.pad(t[-rest:], (0, _LANES - rest))] if rest else [t] for t in flat]
         adamw(
-            [weight],
-            [grad.to(weight.dtype)],
-            [exp_avg],
-            [exp_avg_sq],
+            parts[0],
+            parts[1],
+            parts[2],
+            parts[3],
             [],
-            [torch.tensor(float(step - 1), device=weight.device)],
+            [torch.tensor(float(step - 1), device=weight.device) for _ in parts[0]],
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -75,6 +84,9 @@ def adamw_(
             grad_scale=inverse,
             found_inf=None if skip is None else skip.ne(0).float(),
         )
+        if rest:
+            for place in (0, 2, 3):
+                flat[place][-rest:] = parts[place][1][:rest]
     if rounded is not None:
         _write(rounded, weight, skip)
 

@@ -22,7 +22,7 @@ class Source(Section):
 class MixtureChange(Section):
     """Other shares from a token count on: weights, or a temperature."""
 
-    tokens: int = Field(ge=0, description="tokens read before the change")
+    tokens: int = Field(ge=0, lt=2**63, description="tokens read before the change")
     weights: tuple[float, ...] = Field((), strict=False, description="one for each of data.sources")
     temperature: float | None = Field(None, gt=0, description="instead of weights, see data.temperature")
 
@@ -30,7 +30,7 @@ class MixtureChange(Section):
 class SeqLenChange(Section):
     """Another row length from a token count on."""
 
-    tokens: int = Field(ge=0, description="tokens read before the change")
+    tokens: int = Field(ge=0, lt=2**63, description="tokens read before the change")
     seq_len: int = Field(gt=0, description="tokens a row; divides data.seq_len")
 
 
@@ -65,7 +65,10 @@ class DataConfig(Section):
     )
     shuffle: bool = Field(True, description="permute samples, anew each epoch; false reads in stored order")
     shuffle_chunks: int = Field(
-        48, gt=0, description="chunks of neighbouring samples shuffled together; more mix better, open more"
+        48,
+        gt=0,
+        lt=2**31,
+        description="chunks of neighbouring samples shuffled together; more mix better, open more",
     )
     skip: tuple[Annotated[tuple[int, int], Field(strict=False)], ...] = Field(
         (), strict=False, description="ranges of global sample indices left out: [[first, after], ...]"

@@ -34,7 +34,8 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """A decoder-only transformer; enough to express GPT-2, Llama, Mistral, Qwen2 and Qwen3 exactly."""
 
-    # The limits keep the number of elements of every parameter, and its bytes, below 2⁶³.
+    # The limits keep the number of elements of every parameter, and its bytes, below 2⁶³, and a place in a
+    # sequence in an int32.
     vocab_size: int = Field(
         gt=1, lt=2**31, description="rows of the embedding; at least the tokenizer's vocabulary"
     )
@@ -55,7 +56,9 @@ class ModelConfig(Section):
     attention_out_bias: bool = Field(False, description="bias on the attention output projection")
     mlp_bias: bool = Field(False, description="biases on the MLP projections")
     qk_norm: bool = Field(False, description="RMSNorm over each query and key head (Qwen3)")
-    sliding_window: int = Field(0, ge=0, description="keys a query sees, itself included; 0 means all")
+    sliding_window: int = Field(
+        0, ge=0, lt=2**31, description="keys a query sees, itself included; 0 means all"
+    )
     tie_embeddings: bool = Field(False, description="share the input embedding with the output head")
     dropout: float = Field(
         0.0, ge=0, lt=1, description="on embeddings and both residual branches; reproducible"

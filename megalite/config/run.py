@@ -69,14 +69,18 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """The loop: how long, in what batches, at which precision."""
 
-    steps: int = Field(gt=0, description="optimizer steps of the whole run")
-    global_batch_size: int = Field(gt=0, description="samples a step, over all processes")
+    # The limits keep the number of samples of a run below 2⁶³.
+    steps: int = Field(gt=0, lt=2**31, description="optimizer steps of the whole run")
+    global_batch_size: int = Field(gt=0, lt=2**31, description="samples a step, over all processes")
     micro_batch_size: int = Field(gt=0, description="samples a process computes at once")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "bf16", description="of the compute; master weights are fp32"
     )
     loss_scale: float = Field(
-        65536.0, ge=1, description="fp16: the first loss scale, halved whenever a gradient overflows"
+        65536.0,
+        ge=1,
+        lt=2**64,
+        description="fp16: the first loss scale, halved whenever a gradient overflows",
     )
     loss_scale_window: int = Field(1000, gt=0, description="fp16: doubled after so many steps without")
     compile: bool = Field(False, description="torch.compile each block")
@@ -129,7 +133,7 @@ class ResilienceConfig(Section):
         None, ge=0, description="steps before a spike to go back at least; 100, less in short runs"
     )
     skip_steps: int | None = Field(
-        None, gt=0, description="batches around a spike left out; 200, less in short runs"
+        None, gt=0, lt=2**31, description="batches around a spike left out; 200, less in short runs"
     )
     calm_lr_factor: float = Field(
         1.0,

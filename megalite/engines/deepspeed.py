@@ -344,7 +344,7 @@ def deepspeed_settings(config: Config, dp: int, specs: dict[str, ShardSpec]) -> 
     would cost a message each.
     """
     mesh = config.mesh
-    bucket = int(mesh.bucket_mib * 2**20) // 4
+    bucket = max(int(mesh.bucket_mib * 2**20) // 4, 1)
     vectors = [math.prod(spec.local_shape) for spec in specs.values() if len(spec.shape) == 1]
     zero: dict[str, Any] = {
         "stage": mesh.zero_stage,

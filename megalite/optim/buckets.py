@@ -155,12 +155,21 @@ def lay_out(specs: dict[str, ShardSpec], bucket_size: int, shard: Axis, by_unit:
             if not ends:
                 after, following = group[position + 1]
                 ends = by_unit and unit_of(after) != unit_of(name)
-                ends = ends or any(s.pieces[0].sums_late for s in (spec, following))
+                ends = ends or _stands_alone(spec) or _stands_alone(following)
             if ends:
                 stop = start + -(-(stop - start) // shard.size) * shard.size
                 buckets.append(Bucket(len(buckets), start, stop, tuple(slots), decays, unit_of(name)))
                 slots, start = [], stop
     return FlatLayout(tuple(buckets), shard)
+
+
+def _stands_alone(spec: ShardSpec) -> bool:
+    """Whether a parameter has a bucket to itself, so that it shifts no other's place.
+
+    A tied embedding is cut into the same shards on both its stages. Where some tensor-parallel ranks hold a
+    row more of the vocabulary, all else lies in the same buckets on each, by which they add up their shares.
+    """
+    return spec.pieces[0].sums_late or not spec.is_even
 
 
 def unit_of(name: str) -> str:

@@ -48,10 +48,14 @@ class FlatRange(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """A logical parameter and this rank's rows of it, in the order in which it stores them."""
+    """A logical parameter and this rank's rows of it, in the order in which it stores them.
+
+    `is_even` says that all ranks it is divided among hold as many.
+    """
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    is_even: bool = True
 
     @property
     def row_size(self) -> int:
@@ -108,7 +112,7 @@ def split(shape: Sequence[int], axis: Axis, parts: int = 1) -> ShardSpec:
     for part in range(parts):
         start, stop = split_range(height, axis)
         pieces.append(Piece(part * height + start, part * height + stop))
-    return ShardSpec(tuple(shape), tuple(pieces))
+    return ShardSpec(tuple(shape), tuple(pieces), is_even=height % axis.size == 0)
 
 
 def split_range(size: int, axis: Axis) -> tuple[int, int]:
@@ -123,7 +127,7 @@ def across_stages(spec: ShardSpec, ends: Axis) -> ShardSpec:
     if ends.size == 1:
         return spec
     pieces = (replace(piece, copies=ends, is_partial=True, sums_late=True) for piece in spec.pieces)
-    return ShardSpec(spec.shape, tuple(pieces))
+    return replace(spec, pieces=tuple(pieces))
 
 
 class ShardedModule(nn.Module):

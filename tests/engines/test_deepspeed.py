@@ -54,6 +54,7 @@ LAYOUTS: list[tuple[int, list[str]]] = [
     *((2, [stage, CPU]) for stage in STAGE[2:]),
     (1, [STAGE[2]]),
     (2, [STAGE[3], "mesh.bucket_mib=0.001", "train.recompute=full"]),
+    (2, [STAGE[2], "mesh.bucket_mib=1e-7"]),
     (4, [STAGE[3], *SPLIT]),
     (
         4,

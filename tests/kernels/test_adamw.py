@@ -61,6 +61,19 @@ def test_grad_scale_multiplies_the_gradient(scale: float) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [5, 16, 31, 1015])
+def test_an_element_becomes_the_same_wherever_it_lies(size: int) -> None:
+    start = [random(2 * SIZE, seed=seed).float() for seed in range(4)]
+    start[3].square_()
+    for shift in range(16):
+        whole = [t.clone() for t in start]
+        adamw_(*whole, **SETTINGS, step=3, grad_scale=0.37)
+        part = [t[shift : shift + size].clone() for t in start]
+        adamw_(*part, **SETTINGS, step=3, grad_scale=0.37)
+        for place in (0, 2, 3):
+            assert torch.equal(part[place], whole[place][shift : shift + size])
+
+
 def test_a_shard_in_parts_is_the_shard() -> None:
     whole, parts = (
         [random(SIZE).float(), random(SIZE, seed=1).float(), torch.zeros(SIZE), torch.zeros(SIZE)]
