@@ -87,7 +87,8 @@ def run(path: str | Path, as_json: bool, svg: Path | None) -> int:
     empty = dataset.manifest.empty_documents
     if svg is not None:
         with disk_errors(svg):
-            svg.write_text(histogram_svg(sources, str(path)), encoding="utf-8")
+            # A folder's name may be bytes that are not UTF-8.
+            svg.write_text(histogram_svg(sources, str(path)), encoding="utf-8", errors="backslashreplace")
     if as_json:
         totals = {
             "documents": dataset.num_documents,
