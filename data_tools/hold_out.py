@@ -9,6 +9,7 @@ first: `survey` one part, `exceptions` of all, and then each document is decided
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import chain
@@ -73,11 +74,11 @@ def group_names(batch: pa.RecordBatch) -> list[str]:
 
     What a folder's name cannot hold is written as in addresses (`%2F`).
     """
-    sources = batch.column("source").to_pylist()
+    names = [_folder_name(source) for source in batch.column("source").to_pylist()]
     if BUCKET not in batch.schema.names:
-        return [_folder_name(source) for source in sources]
+        return names
     buckets = batch.column(BUCKET).to_pylist()
-    return [_folder_name(f"{source}.{bucket}") for source, bucket in zip(sources, buckets, strict=True)]
+    return [f"{name}.{bucket}" for name, bucket in zip(names, buckets, strict=True)]
 
 
 class Split(NamedTuple):
@@ -162,8 +163,8 @@ def _folder_name(name: str) -> str:
     safe = quote(name, safe=" ")
     if not safe.strip(". ") or safe.startswith("."):
         safe = safe.replace(".", "%2E") or "%00"
-    if safe.endswith(".tmp"):  # what kills leave is named so, and removed
-        safe = f"{safe[:-4]}%2Etmp"
+    # So are named what kills leave, which is removed, and the buckets of a source.
+    safe = re.sub(r"\.(tmp|q\d+)$", r"%2E\1", safe)
     if len(safe) > MAX_GROUP_BYTES:
         raise DataError(
             f"source {name[:60]!r} … makes a folder's name of {len(safe)} bytes; at most {MAX_GROUP_BYTES}"

@@ -7,6 +7,7 @@ twice is the same as doing it once.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable
 from functools import cache
@@ -118,11 +119,13 @@ class Normalise:
         return column, done
 
     def _repair(self, text: str) -> str:
-        """Repair the lines with a sign of mojibake, whatever system's line ends they have."""
-        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        """Repair the lines with a sign of mojibake, whatever system's line ends they have and keep."""
+        pieces = re.split("(\r\n|\r|\n)", text)
+        lines = pieces[::2]
         for row in np.flatnonzero(self._scan(pa.array(lines, pa.string())) & MOJIBAKE).tolist():
             lines[row] = repair(lines[row])
-        return "\n".join(lines)
+        pieces[::2] = lines
+        return "".join(pieces)
 
     def _scan(self, column: pa.Array) -> NDArray[np.uint16]:
         data, offsets = texts(column)

@@ -87,8 +87,9 @@ _CARD = re.compile(
     rb"(?![\w=/+-]|[.,]\d|[ ]\d)"
 )
 _INTERNATIONAL = re.compile(
-    rb"(?<![\w+.)\]-])\+(?=[1-9])\d{1,4}"
-    rb"(?:(?:[ .-]|\)? ?\(|\) ?|/)?\d{1,12}){1,8}(?!\w|\.\d)"
+    # Digits are taken whole ("+"): to try every way to divide a hundred of them would take hours.
+    rb"(?<![\w+.)\]-])\+(?=[1-9])\d{1,4}+"
+    rb"(?:(?:[ .-]|\)? ?\(|\) ?|/)?\d{1,12}+){1,8}(?!\w|\.\d)"
 )
 _NORTH_AMERICAN = re.compile(
     rb"(?<![\w.+/-])(?<!\d[ ])(?:1[ .-])?"

@@ -18,7 +18,6 @@ from rich.text import Text
 from data_tools.progress import progress
 from data_tools.show import printable
 from megalite.data.folder import disk_errors
-from megalite.data.manifest import TOKENS
 from megalite.data.shards import Dataset
 
 BINS = 32  # bin b counts documents of [2^b, 2^(b + 1)) tokens
@@ -64,7 +63,6 @@ def count(dataset: Dataset, title: str = "counting") -> dict[str, SourceStats]:
     Raises:  CorruptBlockError
     """
     sources: dict[str, SourceStats] = {}
-    sizes = np.concatenate([shard.batches[:, TOKENS] for shard in dataset.manifest.shards])
     width = dataset.manifest.dtype.itemsize
     with progress(title) as update:
         for number in range(dataset.num_blocks):
@@ -78,7 +76,7 @@ def count(dataset: Dataset, title: str = "counting") -> dict[str, SourceStats]:
                 mine = codes == code
                 sources.setdefault(name, SourceStats()).add(lengths[mine], int(trained[mine].sum()))
             done = int(dataset.block_ends[number])
-            update(done * width, int(sizes.sum()) * width)
+            update(done * width, dataset.total_tokens * width)
     return dict(sorted(sources.items(), key=lambda item: (-item[1].tokens, item[0])))
 
 
@@ -89,7 +87,8 @@ def run(path: str | Path, as_json: bool, svg: Path | None) -> int:
     empty = dataset.manifest.empty_documents
     if svg is not None:
         with disk_errors(svg):
-            svg.write_text(histogram_svg(sources, str(path)), encoding="utf-8")
+            # A folder's name may be bytes that are not UTF-8.
+            svg.write_text(histogram_svg(sources, str(path)), encoding="utf-8", errors="backslashreplace")
     if as_json:
         totals = {
             "documents": dataset.num_documents,

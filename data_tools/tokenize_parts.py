@@ -32,7 +32,7 @@ from megalite.data.staging import commit_folder
 from megalite.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizers_package, train_bpe
 
 KIND = "tokenize"
-VERSION = 2
+VERSION = 3
 
 # A task is a piece of every dataset it touches: large ones make large shards, many make work for all.
 TASK_BYTES = 256 << 20

@@ -106,8 +106,12 @@ def _id(value: Any) -> str | None:
 
 
 def meta_json(meta: dict[str, Any], limit: int) -> tuple[str | None, int]:
-    """Meta as JSON of at most `limit` bytes, keys sorted, and how many fields were left out for that."""
-    text = _dump(meta)
+    """Meta as JSON of at most `limit` bytes, keys sorted, and how many fields were left out for that,
+    or for being nested too deeply."""
+    try:
+        text = _dump(meta)
+    except RecursionError:  # read by the skin of its teeth
+        return None, len(meta)
     if len(text) <= limit and text.isascii():
         return text, 0
     left_out = 0

@@ -27,9 +27,9 @@ def check_table(path: Path, source: SourceSettings) -> None:
     """
     try:
         schema = _schema(path)
-    except (OSError, pa.ArrowException):
+        names = schema.names
+    except (OSError, pa.ArrowException, UnicodeDecodeError):
         return
-    names = schema.names
     for key in (source.text_field, *(source.meta_fields or ())):
         if key not in names:
             raise DataError(f"source {source.name!r}: {path} has no column {key!r}; {nearest(key, names)}")

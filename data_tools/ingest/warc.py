@@ -164,7 +164,7 @@ def _plain(
     """Text as the archive gives it; UTF-8 unless something was said."""
     try:
         text = block.decode(charset or "utf-8", source.encoding_errors)
-    except (UnicodeDecodeError, LookupError) as error:
+    except (UnicodeError, LookupError) as error:  # codecs raise either
         return SetAside(place, Reason.NOT_UTF8, block[:HEAD_BYTES], len(block), str(error)[:200])
     if not text or text.isspace():
         return SetAside(place, Reason.EMPTY, block[:HEAD_BYTES], len(block))

@@ -142,7 +142,9 @@ def load_manifest(folder: Folder) -> Manifest:
         raise DataError(f'{path}: format is {_show(content.get("format"))}; expected "{FORMAT}"')
     version = content.get("version")
     if type(version) is not int or version != VERSION:
-        raise DataError(f"{path}: version is {_show(version)}; this megalite reads version {VERSION}")
+        raise DataError(
+            f"{path}: version is {_show(version)}; this megalite reads version {VERSION}: build it again"
+        )
     file_crc32 = _check_seal(path, data)
     compression = content.get("compression")
     if compression is not None and compression not in COMPRESSIONS:

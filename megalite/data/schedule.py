@@ -47,9 +47,10 @@ class _Segment:
 class Blend:
     """From global sample index to source and the number of samples it gave before.
 
-    `limits` cap what each source gives (None: no cap). `origin` and `cursors` say where a run that
-    changed its mixture began anew, and what each source had given by then; the phases in force before
-    the origin are passed over.
+    `phases` ascend; of those that begin with the same sample the last is in force. `limits` cap what
+    each source gives (None: no cap). `origin` and `cursors` say where a run that changed its mixture
+    began anew, and what each source had given by then; the phases in force before the origin are passed
+    over.
 
     Raises:  ConfigError if no phase is in force at the origin, or its weights are unusable
     """
@@ -65,7 +66,7 @@ class Blend:
         self.end: int | None = None  # the first global sample that no source can give
         self._limits = limits
         self._segments: list[_Segment] = []
-        self._plan(sorted(phases), np.array(cursors or [0] * len(limits), dtype=np.int64))
+        self._plan(phases, np.array(cursors or [0] * len(limits), dtype=np.int64))
         self._starts = np.array([segment.start for segment in self._segments], dtype=np.int64)
 
     def locate(self, index: Ints) -> tuple[Ints, Ints]:
@@ -108,7 +109,7 @@ class Blend:
                 "given all that its max_epochs allows; train fewer steps, raise max_epochs, or add a source"
             )
 
-    def _plan(self, phases: list[Phase], cursors: Ints) -> None:
+    def _plan(self, phases: Sequence[Phase], cursors: Ints) -> None:
         """Fill `_segments` from the origin to the last change, and set `end`."""
         at = self.origin
         while True:

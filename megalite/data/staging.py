@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from megalite.data.folder import LocalFolder, disk_errors
 from megalite.data.manifest import (
     MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
     Manifest,
     ShardInfo,
     dump_manifest,
@@ -135,10 +136,17 @@ def check_free(folder: Path) -> None:
 def commit_dataset(staging: Path, folder: Path, manifest: Manifest) -> None:
     """Complete a staged dataset by its manifest and give it its name.
 
-    Raises:  DataError if the disk refuses
+    Raises:  DataError if the manifest is larger than what is read again, or the disk refuses
     """
+    content = dump_manifest(manifest)
+    if len(content) > MAX_MANIFEST_BYTES:
+        batches = sum(len(shard.batches) for shard in manifest.shards)
+        raise DataError(
+            f"{folder} would have {batches:,} record batches and a manifest of {len(content):,} bytes; at "
+            f"most {MAX_MANIFEST_BYTES:,} are read: divide the text among several datasets"
+        )
     with disk_errors(folder):
-        (staging / MANIFEST_FILE).write_bytes(dump_manifest(manifest))
+        (staging / MANIFEST_FILE).write_bytes(content)
         (staging / JOURNAL_FILE).unlink(missing_ok=True)
         commit_folder(staging, folder)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -169,6 +171,12 @@ def test_stats(folder, capsys, tmp_path):
     texts = [node.text for node in ET.parse(svg).getroot() if node.tag.endswith("text")]
     assert texts[0] == f"{folder}: documents by length in tokens"
     assert texts[1:3] == ["2 … 3", "1"]
+
+
+def test_a_picture_of_a_folder_whose_name_is_not_utf8(folder, tmp_path):
+    named = shutil.copytree(folder, os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    assert megalite("data", "stats", named, "--svg", tmp_path / "lengths.svg") == 0
+    assert "\\udcff: documents by length" in (tmp_path / "lengths.svg").read_text()
 
 
 def test_stats_as_json(folder, capsys):

@@ -81,7 +81,7 @@ def _column(key, *values):
     ("change", "message"),
     [
         (_set("format", "other"), 'format is "other"'),
-        (_set("version", 1), "version is 1; this megalite reads version 3"),
+        (_set("version", 1), "version is 1; this megalite reads version 3: build it again"),
         (_set("dtype", "uint32"), 'dtype is "uint32" but its parts make uint16'),
         (_set("tokens", 49), "tokens is 49 but its parts make 50"),
         (_set("documents", True), "documents is true"),

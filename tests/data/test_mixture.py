@@ -34,6 +34,15 @@ def test_decimal_weights_are_exact_over_a_million_draws(weights):
         assert np.array_equal(nth[mine], np.arange(mine.sum()))
 
 
+def test_of_changes_before_the_same_sample_the_last_is_in_force():
+    blend = Blend(
+        [Phase(0, (0.8, 0.2)), Phase(0, (0.5, 0.5)), Phase(40, (1.0, 0.0)), Phase(40, (0.0, 1.0))],
+        [None, None],
+    )
+    assert blend.cursors(40) == [20, 20]
+    assert blend.cursors(50) == [20, 30]
+
+
 def test_irrational_weights_stay_close():
     weights = [2**0.5, np.pi, 1.0]
     source, _ = Mixture(weights).locate(np.arange(1_000_000))

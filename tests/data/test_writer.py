@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from megalite.data import manifest as manifest_module
+from megalite.data import staging
 from megalite.data.manifest import COMPRESSIONS
 from megalite.data.shards import Dataset
 from megalite.data.tokenizer import ByteTokenizer
@@ -292,6 +293,18 @@ def test_parts_written_by_several_processes_are_joined(tmp_path):
     dataset = verify(tmp_path / "d")
     np.testing.assert_array_equal(read_everything(dataset)[0], np.concatenate(random_documents([30] * 60)))
     assert [d.doc_id for d in dataset.documents()] == [f"doc{n}" for n in range(60)]
+
+
+def test_a_manifest_too_large_to_be_read_is_not_written(tmp_path, monkeypatch):
+    parts = [tmp_path / f"part{n}" for n in range(2)]
+    for part in parts:
+        write(part, random_documents([10]))
+    largest = max((part / "manifest.json").stat().st_size for part in parts)
+    monkeypatch.setattr(staging, "MAX_MANIFEST_BYTES", largest)
+    with pytest.raises(DataError, match=f"2 record batches and a .* at most {largest:,} are"):
+        join_datasets(parts, tmp_path / "d")
+    assert all(verify(part).num_documents == 1 for part in parts)
+    assert not (tmp_path / "d").exists()
 
 
 def test_parts_that_cannot_be_joined(tmp_path):

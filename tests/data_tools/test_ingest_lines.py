@@ -162,6 +162,19 @@ def test_meta_is_bounded_and_ordered() -> None:
     assert meta_json({"a": "x" * 99}, 50) == (None, 1)
 
 
+def test_meta_nested_as_deeply_as_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    for depth in range(400, 1200, 100):
+        path.write_text(f'{{"text": "a", "b": 1, "m": {"[" * depth}1e999{"]" * depth}}}\n')
+        for item in found(path):
+            if isinstance(item, Document):
+                meta, left_out = meta_json(item.meta or {}, 1 << 20)
+                assert (meta is None) == (left_out == 2)
+            else:
+                assert isinstance(item, SetAside)
+                assert item.why == "nested too deeply"
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_what_precedes_a_break_is_kept(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"x.jsonl{suffix}"

@@ -39,6 +39,16 @@ def write(path: Path, table: pa.Table = TABLE, **more: Any) -> Path:
     return path
 
 
+@pytest.mark.parametrize("name", ["x.parquet", "stream.arrow", "file.arrow"])
+def test_a_column_whose_name_is_not_utf8(tmp_path: Path, name: str) -> None:
+    table = pa.table({"text": ["one"], "broken": [1]})
+    path = write(tmp_path / name, table, **({"store_schema": False} if "parquet" in name else {}))
+    path.write_bytes(path.read_bytes().replace(b"broken", b"brok\xffn"))
+    source = SOURCE.model_copy(update={"path": str(path)})
+    check(source, list_source(source))
+    assert [(item.place, item.reason) for item in read(path)] == [(name, Reason.BREAKS_OFF)]
+
+
 def read(path: Path, **more: Any) -> list[Any]:
     return list(read_table(path, path.name, SOURCE.model_copy(update=more)))
 

@@ -153,6 +153,14 @@ def test_an_archive(tmp_path: Path, suffix: str) -> None:
     assert documents[1].text == "Ünïcode text".encode()
 
 
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "rot13", "no-such"])
+def test_a_charset_that_cannot_be_costs_its_record(tmp_path: Path, charset: str) -> None:
+    data = [response(1, kind=f"text/plain; charset={charset}"), response(2, kind="text/plain")]
+    ids, rest = read(tmp_path / "x.warc", b"".join(data))
+    assert ids == ["0002"]
+    assert [item.reason for item in rest if isinstance(item, SetAside)] == [Reason.NOT_UTF8]
+
+
 def test_archives_against_fastwarc(tmp_path: Path) -> None:
     warc = pytest.importorskip("fastwarc.warc")
     path = tmp_path / "x.warc.gz"

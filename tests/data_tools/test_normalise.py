@@ -164,6 +164,13 @@ def test_rules_are_counted_by_the_documents_they_changed() -> None:
     }
 
 
+def test_line_ends_are_not_counted_as_mojibake() -> None:
+    flow = Flow()
+    out = Normalise(DEFAULT)(batch_of(["café»\r\nline", "sÃ©\rok"]), flow)
+    assert out.column("text").to_pylist() == ["café»\nline", "sé\nok"]
+    assert flow.counters == {"normalise: line ends": 2, "normalise: mojibake": 1}
+
+
 def test_a_slice_of_a_column_is_read_where_it_lies() -> None:
     batch = batch_of(["first\0", "second\0", "third"]).slice(1)
     assert Normalise(DEFAULT)(batch, Flow()).column("text").to_pylist() == ["second", "third"]

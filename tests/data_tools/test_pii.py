@@ -225,6 +225,8 @@ def test_masking_twice_is_masking_once(noise: list[str], seed: int) -> None:
             "a.",
             "a@a.",
             "+1 (",
+            f"+{'1' * 120} ",
+            "+123456.123456.",
             "(2",
             "2001:",
             ":",

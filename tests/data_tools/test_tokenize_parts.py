@@ -116,7 +116,19 @@ def test_datasets_and_report(tmp_path, source, capsys):
 
 
 def test_whatever_a_source_is_called_its_datasets_stay_and_are_mixed_by_its_name(tmp_path):
-    names = ["notes.tmp", ".tmp", "日本", "a/b.tmp", "100%", "x.tmp.q", "..", "plain"]
+    names = [
+        "notes.tmp",
+        ".tmp",
+        "日本",
+        "a/b.tmp",
+        "100%",
+        "x.tmp.q",
+        "..",
+        "plain",
+        "news.q1",
+        "news.q2",
+        "news",
+    ]
     source = write_step(tmp_path / "source", [[(f"{n}", name, "text") for name in names for n in range(2)]])
     with crew(tmp_path) as one:
         run(settings(), source, tmp_path / "out", one)
