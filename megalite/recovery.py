@@ -123,8 +123,8 @@ class Recovery:
     def target(self, spike: Spike) -> KeptSnapshot | Checkpoint | None:
         """What to go back to: the newest snapshot that is old enough, or checkpoint.
 
-        Where none is, what lies before the onset at all, the oldest snapshot first, or else the newest
-        checkpoint there is; None, the seed, only where the run has none.
+        Where none is, what lies before the onset at all, the oldest snapshot first, or else the newest there
+        is of either; None, the seed, only where there is nothing else.
 
         Raises:  CheckpointError if there are checkpoints before the onset and none verifies
         """
@@ -133,4 +133,5 @@ class Recovery:
         early = [step for step in self.snapshots.steps if step <= onset]
         if found is None and early:
             found = self.snapshots.newest_before(min(early))
-        return found or self.newest(ledger, onset) or self.newest(ledger)
+        found = found or self.newest(ledger, onset)
+        return found or self.snapshots.newest_before(spike.detected) or self.newest(ledger)

@@ -353,6 +353,9 @@ def test_no_rollback_throws_a_whole_run_away(root: Path, alone: Mesh) -> None:
     failing(config, alone, {13}).fit(PreemptionFlag())
     (rollback,) = rollbacks(root / "run")
     assert (rollback.onset, rollback.to_step, rollback.skipped[0]) == (12, 12, 12 * BATCH)
+    snapshots = ["checkpoint.snapshot_every_steps=4", "checkpoint.snapshots_kept=1", f"run_dir={root}/memory"]
+    failing(tiny(root, *OFTEN, "checkpoint.every_steps=0", *snapshots), alone, {12, 13}).fit(PreemptionFlag())
+    assert [rollback.to_step for rollback in rollbacks(root / "memory")] == [12]
 
 
 def test_being_asked_to_stop_at_the_step_that_makes_it_a_spike_changes_nothing(
