@@ -72,7 +72,7 @@ def _place_of(document: TextDocument) -> float:
 def group_names(batch: pa.RecordBatch) -> list[str]:
     """The group of each document as a folder's name: its source, or `source.bucket` if there are buckets.
 
-    What a folder's name cannot hold is written as in addresses (`%2F`).
+    What a folder's name cannot hold, or what would be taken for a bucket, is written as in addresses (`%2F`).
     """
     names = [_folder_name(source) for source in batch.column("source").to_pylist()]
     if BUCKET not in batch.schema.names:

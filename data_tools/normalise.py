@@ -144,7 +144,18 @@ class Normalise:
 
 
 def _in_form(form: Any, text: str) -> str:
-    return text if unicodedata.is_normalized(form, text) else unicodedata.normalize(form, text)
+    if unicodedata.is_normalized(form, text):
+        return text
+    # unicodedata orders marks in time that grows with the square of how many follow each other.
+    text = _many_marks().sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
+    return unicodedata.normalize(form, text)
+
+
+@cache
+def _many_marks() -> re.Pattern[str]:
+    """More marks in a row than any language has; each has a class, by which normalisation orders them."""
+    marks = filter(unicodedata.combining, map(chr, range(0x300, 0x20000)))
+    return re.compile(f"[{''.join(marks)}]{{100,}}")
 
 
 def _rewrite(

@@ -6,6 +6,7 @@ archive at the next member.
 
 from __future__ import annotations
 
+import codecs
 import io
 import re
 import zlib
@@ -21,6 +22,8 @@ from data_tools.ingest.unpack import BrokenStreamError, ByteStream, buffered
 MAX_HEADER_LINE, MAX_HEADER_LINES = 64 << 10, 1000
 _BEGIN = b"WARC/"
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?([\w.:-]+)", re.IGNORECASE)
+# Python calls by their names what is none; the time of one of them grows with the square of the text.
+_NO_CHARSETS = frozenset({"idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape"})
 _PAGES = ("text/html", "application/xhtml+xml")
 # Those the standard names that hold no text; others are counted together.
 _KINDS = frozenset({"warcinfo", "request", "metadata", "revisit", "continuation"})
@@ -163,8 +166,11 @@ def _plain(
 ) -> Found:
     """Text as the archive gives it; UTF-8 unless something was said."""
     try:
-        text = block.decode(charset or "utf-8", source.encoding_errors)
-    except (UnicodeError, LookupError) as error:  # codecs raise either
+        name = codecs.lookup(charset or "utf-8").name
+        if name in _NO_CHARSETS:
+            raise LookupError(f"{name} is no character set")
+        text = block.decode(name, source.encoding_errors)
+    except (UnicodeDecodeError, LookupError) as error:
         return SetAside(place, Reason.NOT_UTF8, block[:HEAD_BYTES], len(block), str(error)[:200])
     if not text or text.isspace():
         return SetAside(place, Reason.EMPTY, block[:HEAD_BYTES], len(block))

@@ -153,7 +153,7 @@ def test_an_archive(tmp_path: Path, suffix: str) -> None:
     assert documents[1].text == "Ünïcode text".encode()
 
 
-@pytest.mark.parametrize("charset", ["undefined", "punycode", "rot13", "no-such"])
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "unicode_escape", "rot13", "no-such"])
 def test_a_charset_that_cannot_be_costs_its_record(tmp_path: Path, charset: str) -> None:
     data = [response(1, kind=f"text/plain; charset={charset}"), response(2, kind="text/plain")]
     ids, rest = read(tmp_path / "x.warc", b"".join(data))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Literal
 
 import ftfy
 import numpy as np
@@ -169,6 +171,17 @@ def test_line_ends_are_not_counted_as_mojibake() -> None:
     out = Normalise(DEFAULT)(batch_of(["café»\r\nline", "sÃ©\rok"]), flow)
     assert out.column("text").to_pylist() == ["café»\nline", "sé\nok"]
     assert flow.counters == {"normalise: line ends": 2, "normalise: mojibake": 1}
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKC"])
+def test_any_number_of_marks_in_a_row(form: Literal["NFC", "NFKC"]) -> None:
+    draw = random.Random(form)
+    marks = [character for character in map(chr, range(0x20000)) if unicodedata.combining(character)]
+    texts = ["a" + "".join(draw.choices(marks, k=draw.randrange(300))) + "ﬁ\u0301" for _ in range(50)]
+    normalise = Normalise(NormaliseSettings(form=form, mojibake=False))
+    out = normalise(batch_of([*texts, "e" + "\u0301\u0327" * 200_000]), Flow()).column("text").to_pylist()
+    assert out[:-1] == [unicodedata.normalize(form, text) for text in texts]
+    assert out[-1] == "ȩ" + "\u0327" * 199_999 + "\u0301" * 200_000
 
 
 def test_a_slice_of_a_column_is_read_where_it_lies() -> None:
