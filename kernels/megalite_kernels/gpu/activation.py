@@ -27,8 +27,11 @@ def _gate(x, ACTIVATION: tl.constexpr):
         if ACTIVATION == "gelu_tanh":
             z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
             z_slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-        s = tl.sigmoid(z)
-        slope = s * (1.0 - s) * z_slope
+        # From e^-|z|, which neither overflows nor leaves 1 − s to what s was rounded by.
+        e = tl.exp(-tl.abs(z))
+        r = 1.0 / (1.0 + e)
+        s = tl.where(z >= 0, r, e * r)
+        slope = e * r * r * z_slope
     return s, slope
 
 

@@ -81,7 +81,8 @@ def formula(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize("call", [call for call in CALLS if call.keys], ids=str)
 def test_values_and_gradients(call: Call) -> None:
     pair = partial(kernel, **call.options()), partial(formula, **call.options())
-    assert_as_exact_as_torch(*pair, call.inputs(), call.dtype, 1e-5 if call.dtype == FP32 else 1e-3)
+    # Probabilities are formed again from the log-sum-exp, and dP less delta cancels.
+    assert_as_exact_as_torch(*pair, call.inputs(), call.dtype, roundings=4)
 
 
 def test_summed_output_sends_back_a_gradient_without_strides() -> None:
