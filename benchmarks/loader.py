@@ -1,9 +1,9 @@
 """How fast batches come out of the loader, beside peers: the same documents, one process, one epoch each.
 
-    python benchmarks/loader.py                        everything, on 100 million tokens
-    python benchmarks/loader.py --tokens 20e6          fewer
-    python benchmarks/loader.py --only 'megalite*'     contenders by name, a shell pattern
-    python benchmarks/loader.py --out FILE             the figures as JSON
+    python benchmarks/loader.py                  everything, on 100 million tokens
+    python benchmarks/loader.py --tokens 20e6    fewer
+    python benchmarks/loader.py --only 'megalite*' 'numpy*' --rounds 9   contenders by name, shell patterns
+    python benchmarks/loader.py --out FILE       the figures as JSON
 
 Each contender runs in a process of its own, an epoch a round, rounds going around the contenders; what is
 counted is tokens of whole batches ready for the model, state and collation included. Figures are medians
@@ -399,7 +399,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=float, default=100e6)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="*", help="contenders, a shell pattern")
+    parser.add_argument("--only", nargs="+", default=["*"], help="contenders, shell patterns")
     parser.add_argument("--root", type=Path, help="keep the data here, for another run")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -412,7 +412,7 @@ def main() -> None:
         root.mkdir(exist_ok=True)
         if not (root / "tokens.bin").exists():
             prepare(root, int(args.tokens))
-        names = [name for name in CONTENDERS if fnmatch.fnmatch(name, args.only)]
+        names = [name for name in CONTENDERS if any(fnmatch.fnmatch(name, only) for only in args.only)]
         load_before = os.getloadavg()[2]
         results = run(names, root, args.rounds)
         if args.out:
