@@ -25,7 +25,7 @@ from megalite_kernels.dispatch import Impl, Resolved, resolve
 
 # Each chunk reads and writes the whole fp32 weight gradient, which on a GPU takes thousands of rows to
 # hide behind the products. On CPU a few hundred do, and a chunk that stays in the last cache is faster.
-_CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**25}
+_CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**24}
 _ROWS = 256  # chunks are multiples of it where they have as many: whole tiles for the products
 
 
@@ -42,7 +42,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`cross_entropy_` of `x @ weightᵀ`, with `chunk_bytes` of logits existing at once.
 
-    By default that is 1 GiB on a GPU and 32 MiB on CPU; a chunk is one row at least.
+    By default that is 1 GiB on a GPU and 16 MiB on CPU; a chunk is one row at least.
 
     With a `vocab_shard`, `weight` is one rank's rows, every rank gets the same loss, the weight's
     gradient is that of its rows, and x's gradient is a rank's share, to be summed over the ranks.
