@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from megalite.checkpoint.interval import advice, best_interval_s, estimate, lost_share
+from megalite.checkpoint.writer import Writer
+from megalite.config import Config
+from megalite.parallel.mesh import Axis, Mesh
 
 
 def test_the_best_interval_is_where_least_time_is_lost() -> None:
@@ -72,3 +75,41 @@ def test_a_disk_that_refuses_costs_the_advice_alone(tmp_path: Path) -> None:
     with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
         assert estimate(tmp_path, 2**20, torch.device("cpu")) is None
     assert estimate(tmp_path / "gone", 2**20, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "mesh", "share"),
+    [
+        ({}, Mesh(0, 8, Axis(0, 4), torch.device("cpu"), shard=Axis(0, 4), tp=Axis(0, 2)), 12 / 8),
+        ({"zero_stage": 0}, Mesh(0, 8, Axis(0, 4), torch.device("cpu"), shard=Axis(0, 4)), 12 / 2),
+        (
+            {"zero_shard_size": 2},
+            Mesh(0, 8, Axis(0, 4), torch.device("cpu"), shard=Axis(0, 2), replicas=Axis(0, 2)),
+            12 / 4,
+        ),
+    ],
+    ids=["shards of all", "whole on each", "groups of shards"],
+)
+def test_what_a_rank_writes_and_how_often_a_run_fails(
+    tmp_path: Path, keys: dict[str, int], mesh: Mesh, share: float
+) -> None:
+    """Of a model on two ranks by four; each of eight processes may be the one that fails."""
+    config = Config.model_validate(
+        {
+            "run_dir": str(tmp_path),
+            "model": {"vocab_size": 8, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "ffn_size": 8},
+            "mesh": {"tp": 2, **keys},
+            "data": {"seq_len": 8, "sources": [{"path": "data"}]},
+            "optim": {"lr": 1e-3},
+            "train": {"steps": 9, "global_batch_size": 8, "micro_batch_size": 1},
+            "resilience": {"mtbf_hours": 16.0},
+        }
+    )
+    tried = mock.Mock(return_value=(1.0, 2.0))
+    advised = mock.Mock(return_value=None)
+    patched = mock.patch.multiple("megalite.checkpoint.writer", estimate=tried, advice=advised)
+    with patched, Writer(config, mesh, mock.Mock(), 0, num_parameters=800) as writer:
+        for _ in range(3):
+            writer.poll()
+    assert tried.call_args.args[1] == share * 800
+    assert advised.call_args.args[2:5] == (1.0, 2.0, 2 * 3600)

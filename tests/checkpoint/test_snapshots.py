@@ -117,6 +117,18 @@ def test_going_back_gives_the_same_losses_bit_for_bit(tmp_path: Path, world: int
         assert once == again
 
 
+def test_the_loss_scale_goes_back_with_the_weights(tmp_path: Path) -> None:
+    for name in ("train", "valid"):
+        write_dataset(tmp_path / name, seed=1, documents=30)
+    engine = Trainer(tiny(tmp_path, "train.precision=fp16"), SOLO).engine
+    begun, snapshot = engine.loss_scale.state(), engine.snapshot()
+    for go in (lambda: engine.load_snapshot(snapshot), engine.initialize):  # to a snapshot, to the seed
+        engine.loss_scale.update(False)
+        assert engine.loss_scale.state() != begun
+        go()
+        assert engine.loss_scale.state() == begun
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_deepspeed_engine_goes_back_too(tmp_path: Path, stage: int) -> None:

@@ -128,6 +128,15 @@ def test_a_noisy_loss_climbs_nowhere() -> None:
         refused(SpikeDetector(ResilienceConfig()), clean(10_000, seed, 0.13, 0.1))  # asserts that it does not
 
 
+def test_a_climb_is_judged_once_eight_blocks_are_known() -> None:
+    detector, found = SpikeDetector(ResilienceConfig()), []
+    for block in range(9):
+        for step in range(block * BLOCK, (block + 1) * BLOCK):
+            detector.accept(step + 1, 3.0 if block else 1.0, 1.0)
+        found.append(detector.slow_onset)
+    assert found == [None] * 7 + [BLOCK] * 2
+
+
 def test_a_climb_that_ends_is_none() -> None:
     values = clean(3000, 3)
     values[1000:1200, 0] *= np.exp(np.linspace(0, 0.08, 200))

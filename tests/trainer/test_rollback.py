@@ -17,6 +17,7 @@ from megalite.cli import main
 from megalite.config import Config
 from megalite.data.batch import IGNORE, Batch
 from megalite.engines.engine import StepSums
+from megalite.engines.native import NativeEngine
 from megalite.errors import CheckpointError, ConfigError, DivergedError, PreemptedError
 from megalite.log import read_json_lines
 from megalite.meter import StepReport
@@ -272,7 +273,9 @@ def test_an_error_that_stays_ends_the_run_and_names_the_rank(root: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_spikes_command(root: Path, alone: Mesh, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_spikes_command(
+    root: Path, alone: Mesh, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     common = [*SHORT, "checkpoint.every_steps=4", f"run_dir={root}/run"]
     run(alone, tiny(root, *common), [batches(13, 16)], "nan", [])
     assert main(["spikes", str(root / "run"), "--documents", "3"]) == 0
@@ -287,6 +290,15 @@ def test_the_spikes_command(root: Path, alone: Mesh, capsys: pytest.CaptureFixtu
     assert "bad moment" in said
     assert said.count("in the window: samples") == 8
     assert main(["spikes", str(root / "run"), "--replay", "2"]) == 2
+    compute = NativeEngine.forward_backward
+
+    def wild(engine: NativeEngine, micro: list[Batch]) -> StepSums:
+        sums = compute(engine, micro)
+        return replace(sums, loss=2 * sums.loss) if micro[0].sample_ids[0] in batches(13, 16) else sums
+
+    monkeypatch.setattr(NativeEngine, "forward_backward", wild)
+    assert main(["spikes", str(root / "run"), "--replay", "1"]) == 0
+    assert "bad data: 4 of 8 batches" in capsys.readouterr().out
 
 
 @pytest.mark.slow

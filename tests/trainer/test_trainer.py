@@ -169,6 +169,16 @@ def test_fp16_lowers_its_scale_on_all_ranks_until_no_gradient_overflows(
     assert records[-1]["loss"] < records[0]["loss"]
 
 
+def test_a_wild_step_leaves_the_loss_scale_alone(root: Path, alone: Mesh) -> None:
+    common = ["train.precision=fp16", "train.steps=3", "train.loss_scale=64", "resilience.rerun_steps=false"]
+    trainer, verdicts = Trainer(tiny(root, *common), alone), iter(["healthy", "wild", "healthy"])
+    trainer.recovery.detector.judge = lambda *_: next(verdicts)  # type: ignore[assignment, return-value]
+    trainer.fit(PreemptionFlag())
+    records = metrics(root / "run")
+    assert [record["events"] for record in records] == [[], ["skip"], []]
+    assert [record["loss_scale"] for record in records] == [64.0] * 3
+
+
 @pytest.mark.slow
 def test_the_loss_scale_survives_a_resume(root: Path, alone: Mesh) -> None:
     common = [
