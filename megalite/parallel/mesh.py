@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.errors import ConfigError
-from megalite.parallel.flight import flight_log
+from megalite.parallel.flight import BACKGROUND, flight_log
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def build_mesh(timeout_s: float = 600.0, shape: MeshShape | None = None) -> Mesh
         pp=axis("pp", pipelines),
         ends=axis("ends", [sorted({pipeline[0], pipeline[-1]}) for pipeline in pipelines] + inner),
         saving=Axis(
-            rank, size, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)), "saving"
+            rank, size, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)), BACKGROUND
         ),
     )
 
