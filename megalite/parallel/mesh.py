@@ -93,7 +93,10 @@ def build_mesh(timeout_s: float = 600.0, shape: MeshShape | None = None) -> Mesh
     device = _local_device()
     if size == 1:
         return Mesh(rank=0, size=1, dp=ALONE, device=device)
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"]
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        needed.append("LOCAL_RANK")  # or all of a host's processes would take its first device
+    missing = [name for name in needed if name not in os.environ]
     if missing:
         raise ConfigError(
             f"WORLD_SIZE={size} but {', '.join(missing)} unset; start with torchrun or the deepspeed launcher"
@@ -176,8 +179,8 @@ def _local_device() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"LOCAL_RANK={local_rank} but this host has {torch.cuda.device_count()} CUDA devices; "
-            "start at most one process per device"
+            f"LOCAL_RANK={local_rank} but this process sees {torch.cuda.device_count()} CUDA devices; "
+            "start at most one process per device, and let each see all of its host's (CUDA_VISIBLE_DEVICES)"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
