@@ -21,7 +21,7 @@ class Axis:
     """One axis of the mesh as this process sees it.
 
     `group` is None exactly when `size` is 1: there is nobody to talk to. `name` is the group's in the
-    flight log, "world" whichever axis has all processes.
+    flight log: the first of the axes that have these ranks, "world" for all processes.
     """
 
     rank: int = 0
@@ -109,8 +109,15 @@ def build_mesh(timeout_s: float = 600.0, shape: MeshShape | None = None) -> Mesh
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
+    made: list[tuple[list[list[int]], Axis]] = []
+
     def axis(name: str, groups: list[list[int]]) -> Axis:
-        return _axis(name, groups, rank, timedelta(seconds=timeout_s))
+        # One group for two axes of the same ranks: to nccl each is hundreds of MiB of the device's memory.
+        for others, found in made:
+            if others == groups:
+                return found
+        made.append((groups, _axis(name, groups, rank, timedelta(seconds=timeout_s))))
+        return made[-1][1]
 
     shape = shape or MeshShape()
     model = shape.tp * shape.pp  # ranks that hold one whole model between them

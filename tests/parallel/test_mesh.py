@@ -1,4 +1,4 @@
-"""Which device a process takes, by what its launcher says."""
+"""Which device a process takes, by what its launcher says, and which groups it joins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megalite.errors import ConfigError
-from megalite.parallel.mesh import build_mesh
+from megalite.parallel.mesh import Mesh, MeshShape, build_mesh
+from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize(
@@ -30,3 +31,26 @@ def test_no_two_processes_take_one_device(
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     with pytest.raises(ConfigError, match=said):
         build_mesh()
+
+
+def shared_groups(_: Mesh, shape: MeshShape) -> list[str]:
+    """The groups of a mesh, by the axes that have them."""
+    mesh = build_mesh(shape=shape)
+    found: dict[int, list[str]] = {}
+    for name in ("dp", "shard", "replicas", "tp", "kv", "pp", "ends"):
+        group = getattr(mesh, name).group
+        if group is not None:
+            found.setdefault(id(group), []).append(name)
+    return [" ".join(names) for names in found.values()]
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        (MeshShape(tp=2, kv_copies=2), ["dp shard", "tp kv"]),
+        (MeshShape(pp=2), ["dp shard", "pp ends"]),
+        (MeshShape(zero_shard_size=2), ["dp", "shard", "replicas"]),
+    ],
+)
+def test_axes_of_the_same_ranks_share_a_group(shape: MeshShape, groups: list[str]) -> None:
+    assert run_ranks(shared_groups, 4, shape) == [groups] * 4
