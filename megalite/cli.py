@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalite import __version__
-from megalite.errors import BusyError, ConfigError, DataError, HangError, MegaliteError
+from megalite.errors import BusyError, ConfigError, DataError, HangError, MegaliteError, first_line
 from megalite.resilience.exits import record_exit
 from megalite.resilience.preempt import PreemptionFlag
 
@@ -241,21 +241,17 @@ def _run(config: Config, flag: PreemptionFlag) -> int:
             ) from error
         raise HangError(
             f"the processes did not find each other within {timeout_s:.0f} s at {place} "
-            f"({_first_line(error)}); is every host up, and that port free and reachable?"
+            f"({first_line(error)}); is every host up, and that port free and reachable?"
         ) from error
     try:
         Trainer(config, mesh).fit(flag)
     except dist.DistError as error:
         raise HangError(
             f"a peer is gone or silent for {timeout_s:.0f} s "
-            f"({_first_line(error)}); start the same command again to continue"
+            f"({first_line(error)}); start the same command again to continue"
         ) from error
     close_mesh(mesh)
     return 0
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def _dry_run(config: Config) -> str:

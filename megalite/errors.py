@@ -63,6 +63,13 @@ class DivergedError(MegaliteError):
     exit_code = 77
 
 
+def first_line(error: BaseException) -> str:
+    """What a communication backend complains of, on one line. nccl tells the cause below its first line."""
+    told = str(error) or type(error).__name__
+    cause = told.partition("Last error:")[2].strip()
+    return "; ".join(text.splitlines()[0][:200] for text in (told, cause) if text)
+
+
 def is_unicode(text: str) -> bool:
     """Whether a word of the command line was UTF-8; Python keeps other bytes as signs that no file takes."""
     try:

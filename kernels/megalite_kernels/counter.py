@@ -43,6 +43,6 @@ def _shift_right(z: Tensor, bits: int) -> Tensor:
 
 def fold(keys: Tensor, salt: Tensor | int) -> Tensor:
     """New keys from old: one for each (key, salt) pair, int64 of the broadcast shape."""
-    if isinstance(salt, int):
-        salt = torch.tensor(salt, device=keys.device)  # tensors wrap around as the hash wants, ints do not
+    if isinstance(salt, int):  # which does not wrap around, as the hash wants and tensors do
+        return _mix(keys + ((salt * _GOLDEN + 2**63) % 2**64 - 2**63))
     return _mix(keys + salt * _GOLDEN)

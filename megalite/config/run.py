@@ -146,7 +146,7 @@ class ResilienceConfig(Section):
     max_rollbacks_per_1000: int = Field(3, ge=1, description="rollbacks within 1000 steps before exit 77")
     max_skipped_steps: int = Field(10, ge=0, description="steps refused in a row before exit 77")
     comm_timeout_s: float = Field(
-        600.0, gt=0, le=1e8, description="a collective slower than this ends the run (exit 76)"
+        600.0, gt=0, le=1e8, description="a collective slower than this ends the run (exit 76; nccl aborts)"
     )
     mtbf_hours: float = Field(
         50_000.0, gt=0, description="mean hours between failures of one process (and its share of the host)"

@@ -110,7 +110,7 @@ class Rows:
         tokens, labels = tokens.reshape(shape), labels.reshape(shape)
         edges = _row_edges(shape)
         if not self.masked:
-            return Batch(tokens, labels, _row_places(shape), None, sample_ids, edges, replaced)
+            return Batch(tokens, labels, _row_places(shape, allocate), None, sample_ids, edges, replaced)
         if self._starts:
             starts = np.concatenate(self._starts)
             starts = starts + np.array(self._bases, dtype=np.int32).repeat([len(s) for s in self._starts])
@@ -118,7 +118,7 @@ class Rows:
             edges = _union(starts, edges)
         doc_starts, positions = allocate(shape, np.int32), allocate(shape, np.int64)
         doc_starts.ravel()[...] = (edges[:-1] % row_len).repeat(edges[1:] - edges[:-1])
-        np.subtract(_row_places(shape), doc_starts, out=positions)
+        np.subtract(np.arange(row_len), doc_starts, out=positions)
         return Batch(tokens, labels, positions, doc_starts, sample_ids, edges, replaced)
 
 
@@ -142,6 +142,8 @@ def _row_edges(shape: tuple[int, int]) -> NDArray[np.int32]:
 
 
 @lru_cache(maxsize=8)
-def _row_places(shape: tuple[int, int]) -> Ints:
+def _row_places(shape: tuple[int, int], allocate: Allocate) -> Ints:
     """Positions of rows that count themselves, int64 [rows, row_len]."""
-    return np.tile(np.arange(shape[1], dtype=np.int64), (shape[0], 1))
+    places = allocate(shape, np.int64)
+    places[...] = np.arange(shape[1])
+    return places

@@ -14,7 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.parallel.collectives import peer_errors
-from megalite.parallel.flight import ALL_GATHER, ALL_REDUCE, BROADCAST, REDUCE, REDUCE_SCATTER, flight_log
+from megalite.parallel.flight import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    BROADCAST,
+    REDUCE,
+    REDUCE_SCATTER,
+    Place,
+    flight_log,
+)
 
 _OPS = {
     "all_reduce": ALL_REDUCE,
@@ -53,7 +61,7 @@ def _noted(call: Callable[..., Any], op: int) -> Callable[..., Any]:
 class _Handle:
     """A work handle of torch's, whose wait is noted."""
 
-    def __init__(self, work: Any, place: int) -> None:
+    def __init__(self, work: Any, place: Place) -> None:
         self._work, self._place = work, place
 
     def wait(self, *args: Any) -> Any:
@@ -67,9 +75,9 @@ class _Handle:
         return getattr(self._work, name)
 
 
-def _awaited(place: int, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    began = flight_log.await_(place)
+def _awaited(place: Place, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    waiting = flight_log.await_(place)
     with peer_errors():
         result = call(*args, **options)
-    flight_log.end(place, began)
+    flight_log.end(place, waiting)
     return result

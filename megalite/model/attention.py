@@ -86,7 +86,9 @@ def rotation(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
 
     The angles are formed in fp32, as every published model was trained with.
     """
-    angles = positions[..., None].float() * rope_frequencies(config).to(positions.device)
+    # Not waited for, or the host would wait for all that the device has yet to compute.
+    frequencies = rope_frequencies(config).to(positions.device, non_blocking=True)
+    angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite.parallel.flight import ALL_GATHER, ALL_REDUCE, RECEIVE, REDUCE_SCATTER, SEND, flight_log
+from megalite.parallel.flight import ALL_GATHER, ALL_REDUCE, RECEIVE, REDUCE_SCATTER, SEND, Place, flight_log
 from megalite.parallel.mesh import Axis
 
 _SWAPPED_BYTES = 4 << 20  # of what two ranks reduce by sending each other all of it; more takes memory
@@ -31,13 +31,16 @@ class PeerError(dist.DistError):
 
 @contextmanager
 def peer_errors() -> Iterator[None]:
-    """Around communication under way: backends report a lost peer as a plain RuntimeError of many wordings.
+    """Around communication under way: gloo reports a lost peer as a plain RuntimeError of many wordings.
+
+    What this rank's own device reports is left as it is (of peers nccl tells by a `DistError`): whichever
+    call comes next after a fault of the device raises it, often one in here.
 
     Raises:  PeerError
     """
     try:
         yield
-    except dist.DistError:
+    except (dist.DistError, torch.AcceleratorError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
         raise PeerError(str(error)) from error
@@ -46,7 +49,7 @@ def peer_errors() -> Iterator[None]:
 class Pending:
     """A communication that has been started, and its place in the flight log."""
 
-    def __init__(self, works: Sequence[dist.Work], place: int) -> None:
+    def __init__(self, works: Sequence[dist.Work], place: Place) -> None:
         self._works, self._place = works, place
 
     def wait(self) -> None:
@@ -54,14 +57,14 @@ class Pending:
 
         Raises:  PeerError
         """
-        began = flight_log.await_(self._place)
+        waiting = flight_log.await_(self._place)
         with peer_errors():
             for work in self._works:
                 work.wait()
-        flight_log.end(self._place, began)
+        flight_log.end(self._place, waiting)
 
 
-def _begin(op: int, axis: Axis, tensor: Tensor, peer: int = -1) -> int:
+def _begin(op: int, axis: Axis, tensor: Tensor, peer: int = -1) -> Place:
     """Note a communication that is about to be started over an axis of at least two."""
     if axis.group is None:
         raise ValueError("an axis of size one has nobody to communicate with")
@@ -137,7 +140,7 @@ class _Sum(Pending):
     """Parts on their way, to be summed in rank order."""
 
     def __init__(
-        self, output: Tensor, parts: Sequence[Tensor], works: Sequence[dist.Work], place: int
+        self, output: Tensor, parts: Sequence[Tensor], works: Sequence[dist.Work], place: Place
     ) -> None:
         super().__init__(works, place)
         self._output, self._parts = output, parts

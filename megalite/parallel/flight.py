@@ -21,7 +21,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,7 @@ _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _UNNAMED = len(_DTYPES)  # any other dtype
 
 UNDER_WAY, AWAITED = 0.0, -1.0
+BACKGROUND = "saving"  # the group of the thread that writes checkpoints, which no step waits for
 
 _MAGIC = b"megalite"
 _HEAD = struct.Struct("<8sI")
@@ -79,6 +80,20 @@ class Entry:
         )
 
 
+class Place(NamedTuple):
+    """Where the log has a communication that has begun; those in the background are no step's wait."""
+
+    at: int
+    is_timed: bool
+
+
+class Wait(NamedTuple):
+    """When the host began to wait, and an event that tells when its CUDA stream did."""
+
+    began: float
+    event: torch.cuda.Event | None
+
+
 class FlightLog:
     """Notes communications as they begin and end; each process has one, which a monitor may read any time."""
 
@@ -88,7 +103,6 @@ class FlightLog:
         self._waited_s = 0.0
         # On a CUDA device, whose host does not wait: events before and after each wait of its stream.
         self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] | None = None
-        self._stalled: torch.cuda.Event | None = None
         self._buffer: bytearray | mmap.mmap = bytearray(_FILE_BYTES)
         self._path: Path | None = None
         self._who: dict[str, Any] = {}
@@ -97,8 +111,8 @@ class FlightLog:
         # Of a group, or of a message's (group, op, peer): the group's code, how many have begun.
         self._counters: dict[Any, list[int]] = {}
 
-    def begin(self, op: int, name: str, group: dist.ProcessGroup, tensor: Tensor, peer: int = -1) -> int:
-        """Note that a communication is about to begin; returns what `end` wants to know."""
+    def begin(self, op: int, name: str, group: dist.ProcessGroup, tensor: Tensor, peer: int = -1) -> Place:
+        """Note that a communication is about to begin; returns what `await_` and `end` want to know."""
         key = group if peer < 0 else (group, op, peer)
         counter = self._counters.get(key)
         if counter is None:
@@ -114,29 +128,30 @@ class FlightLog:
                           time.monotonic(), UNDER_WAY)
         # fmt: on
         self.count = index + 1
-        return index
+        return Place(index, name != BACKGROUND)
 
-    def await_(self, index: int) -> float:
-        """Note that the host begins to wait for it; returns the time, which `end` wants to know."""
-        self._set_ended(index, AWAITED)
-        if self._stalls is not None:
-            self._stalled = _recorded_event()
-        return time.monotonic()
+    def await_(self, place: Place) -> Wait:
+        """Note that the host begins to wait for it; returns what `end` wants to know."""
+        self._set_ended(place.at, AWAITED)
+        # None in the background, whose thread has another current device, and would give that one a context.
+        is_on_device = place.is_timed and self._stalls is not None
+        return Wait(time.monotonic(), _recorded_event() if is_on_device else None)
 
-    def end(self, index: int, wait_began: float) -> None:
+    def end(self, place: Place, wait: Wait) -> None:
         """Note that the host has it."""
         now = time.monotonic()
-        self._waited_s += now - wait_began
-        self._set_ended(index, now)
-        if self._stalls is not None and self._stalled is not None:
-            self._stalls.append((self._stalled, _recorded_event()))
+        self._set_ended(place.at, now)
+        if place.is_timed:
+            self._waited_s += now - wait.began
+        if self._stalls is not None and wait.event is not None:
+            self._stalls.append((wait.event, _recorded_event()))
 
     def time_device(self) -> None:
         """From now on time the current CUDA stream's waits too."""
         self._stalls = deque()
 
     def take_waited_s(self) -> float:
-        """How long the host, or the CUDA stream, has waited for others since the last call."""
+        """How long the host, or the CUDA stream, has waited for others since the last call, but for saves."""
         waited_s, self._waited_s = self._waited_s, 0.0
         while self._stalls:
             begun, ended = self._stalls[0]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.errors import ConfigError
-from megalite.parallel.flight import flight_log
+from megalite.parallel.flight import BACKGROUND, flight_log
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Axis:
     """One axis of the mesh as this process sees it.
 
     `group` is None exactly when `size` is 1: there is nobody to talk to. `name` is the group's in the
-    flight log, "world" whichever axis has all processes.
+    flight log: the first of the axes that have these ranks, "world" for all processes.
     """
 
     rank: int = 0
@@ -93,7 +93,10 @@ def build_mesh(timeout_s: float = 600.0, shape: MeshShape | None = None) -> Mesh
     device = _local_device()
     if size == 1:
         return Mesh(rank=0, size=1, dp=ALONE, device=device)
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"]
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        needed.append("LOCAL_RANK")  # or all of a host's processes would take its first device
+    missing = [name for name in needed if name not in os.environ]
     if missing:
         raise ConfigError(
             f"WORLD_SIZE={size} but {', '.join(missing)} unset; start with torchrun or the deepspeed launcher"
@@ -106,8 +109,15 @@ def build_mesh(timeout_s: float = 600.0, shape: MeshShape | None = None) -> Mesh
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
+    made: list[tuple[list[list[int]], Axis]] = []
+
     def axis(name: str, groups: list[list[int]]) -> Axis:
-        return _axis(name, groups, rank, timedelta(seconds=timeout_s))
+        # One group for two axes of the same ranks: to nccl each is hundreds of MiB of the device's memory.
+        for others, found in made:
+            if others == groups:
+                return found
+        made.append((groups, _axis(name, groups, rank, timedelta(seconds=timeout_s))))
+        return made[-1][1]
 
     shape = shape or MeshShape()
     model = shape.tp * shape.pp  # ranks that hold one whole model between them
@@ -137,7 +147,7 @@ def build_mesh(timeout_s: float = 600.0, shape: MeshShape | None = None) -> Mesh
         pp=axis("pp", pipelines),
         ends=axis("ends", [sorted({pipeline[0], pipeline[-1]}) for pipeline in pipelines] + inner),
         saving=Axis(
-            rank, size, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)), "saving"
+            rank, size, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)), BACKGROUND
         ),
     )
 
@@ -176,8 +186,8 @@ def _local_device() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"LOCAL_RANK={local_rank} but this host has {torch.cuda.device_count()} CUDA devices; "
-            "start at most one process per device"
+            f"LOCAL_RANK={local_rank} but this process sees {torch.cuda.device_count()} CUDA devices; "
+            "start at most one process per device, and let each see all of its host's (CUDA_VISIBLE_DEVICES)"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)

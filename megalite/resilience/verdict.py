@@ -13,9 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megalite.parallel.flight import AWAITED, Entry
+from megalite.parallel.flight import AWAITED, BACKGROUND, Entry
 
-_BACKGROUND = "saving"  # the group of the thread that writes checkpoints, which no step waits for
 _BEFORE = 3  # how many collectives must have come before as they did now, for history to tell what comes next
 
 
@@ -40,7 +39,7 @@ class RankState:
     @property
     def awaited(self) -> list[Entry]:
         """What it waits for."""
-        entries = [entry for entry in self.entries if entry.group != _BACKGROUND]
+        entries = [entry for entry in self.entries if entry.group != BACKGROUND]
         if self.is_host_bound:
             return [entry for entry in entries if entry.ended == AWAITED]
         return list({_series(entry): entry for entry in entries}.values())

@@ -29,7 +29,14 @@ from typing import NoReturn, Self
 
 import torch.distributed as dist
 
-from megalite.errors import CheckpointError, DivergedError, HangError, MegaliteError, PreemptedError
+from megalite.errors import (
+    CheckpointError,
+    DivergedError,
+    HangError,
+    MegaliteError,
+    PreemptedError,
+    first_line,
+)
 from megalite.parallel.collectives import gather_json
 from megalite.parallel.flight import entry_from_json, entry_to_json, flight_log, read_flight_file
 from megalite.parallel.mesh import Mesh
@@ -144,7 +151,7 @@ class Watchdog:
 
     def _lost(self, error: BaseException) -> str:
         """What to say of a communication that the backend gave up."""
-        line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        line = first_line(error)
         try:
             text = self._report()
         except OSError as failure:

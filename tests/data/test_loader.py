@@ -284,18 +284,21 @@ def test_tokenizers_must_agree(tmp_path):
         loader([a, b], 5)
 
 
-def test_arrays_come_from_the_given_allocator(datasets):
+@pytest.mark.parametrize("masked", [False, True])
+def test_arrays_come_from_the_given_allocator(datasets, masked):
     made = []
 
     def allocate(shape, dtype):
         made.append(np.full(shape, 7, dtype=dtype))
         return made[-1]
 
-    config = loader(datasets[0], 16).config
-    batch = DataLoader(config, 0, datasets[:1], allocate=allocate).batch([0, 1])
+    plain = loader(datasets[0], 16, document_mask=masked)
+    batch = DataLoader(plain.config, 0, datasets[:1], allocate=allocate).batch([0, 1])
     for array in (batch.tokens, batch.labels, batch.positions, batch.doc_starts):
-        assert any(np.shares_memory(array, each) for each in made)
-    assert (batch.tokens == loader(datasets[0], 16).batch([0, 1]).tokens).all()
+        assert array is None or any(np.shares_memory(array, each) for each in made)
+    expected = plain.batch([0, 1])
+    assert (batch.tokens == expected.tokens).all()
+    assert (batch.positions == expected.positions).all()
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])

@@ -329,3 +329,39 @@ def test_unknown_devices_have_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     ]:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device, name=name: name)
         assert peak_flops(torch.device("cuda")) == peak, name
+
+
+class _Crossings(TorchDispatchMode):
+    """Copies to another device that the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        crosses = func is torch.ops.aten._to_copy.default and y.device != args[0].device
+        if crosses and not (kwargs or {}).get("non_blocking"):
+            self.found.append(f"{tuple(y.shape)} {y.dtype}")
+        return y
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_in_a_pass_waits_for_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, where reading a value is an error: the host must run ahead of a GPU."""
+    config = _config(**KINDS[kind])
+    with torch.device("meta"):
+        model = Transformer(config)
+    tokens, labels, positions, doc_starts = (tensor.to("meta") for tensor in _batch())
+    tensor = torch.tensor
+
+    def made_here(*args: Any, device: Any = None, **options: Any) -> Tensor:
+        assert device is None, "torch.tensor copies a value to the device, and waits"
+        return tensor(*args, **options)
+
+    monkeypatch.setattr(torch, "tensor", made_here)
+    keys = dropout_keys(0, tokens[:, 0]) if config.dropout else None
+    with _Crossings() as crossings:
+        losses = model.loss(tokens, labels, positions, doc_starts, dropout_keys=keys, z_loss=1e-4)
+        losses.total.backward()
+    assert crossings.found == []

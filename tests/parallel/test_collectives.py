@@ -20,21 +20,35 @@ from megalite.parallel.collectives import (
     start_reduce_scatter,
     start_send,
 )
+from megalite.parallel.flight import Place
 from megalite.parallel.mesh import Axis, Mesh, build_mesh
 from tests.ranks import join_ranks, run_ranks, spawn_ranks
 
 
 class _Broken:
-    """A transfer that ends as gloo ends the ones that follow a timeout."""
+    """A transfer that ends in an error."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
     def wait(self) -> None:
-        raise RuntimeError("Application timeout caused pair closure")
+        raise self.error
+
+
+def _wait_for(error: Exception) -> None:
+    Pending([cast(dist.Work, _Broken(error))], Place(0, is_timed=False)).wait()
 
 
 def test_every_wording_of_a_lost_peer_is_recognised() -> None:
-    with pytest.raises(PeerError, match="pair closure") as caught:
-        Pending([cast(dist.Work, _Broken())], 0).wait()
+    with pytest.raises(PeerError, match="pair closure") as caught:  # gloo's, of what follows a timeout
+        _wait_for(RuntimeError("Application timeout caused pair closure"))
     assert isinstance(caught.value, dist.DistError)  # what the command line ends with 76 for
+
+
+@pytest.mark.parametrize("kind", [torch.AcceleratorError, torch.OutOfMemoryError])
+def test_a_fault_of_the_own_device_is_no_lost_peer(kind: type[RuntimeError]) -> None:
+    with pytest.raises(kind, match="an illegal memory access"):
+        _wait_for(kind("CUDA error: an illegal memory access was encountered"))
 
 
 def _call(kind: str, axis: Axis) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import deque
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from megalite.parallel import flight
 from megalite.parallel.collectives import (
     all_reduce,
     gather_json,
@@ -66,6 +69,24 @@ def names(mesh: Mesh) -> tuple[str, tuple[int, ...]]:
 
 def test_groups_are_named_by_their_axis() -> None:
     assert run_ranks(names, 4) == [("tp", (0, 1)), ("tp", (0, 1)), ("tp", (2, 3)), ("tp", (2, 3))]
+
+
+def recorded_events(mesh: Mesh) -> tuple[int, float, int]:
+    """With a CUDA device timed: events after talk over `saving`, the wait counted, events after more."""
+    with (
+        mock.patch.object(flight_log, "_stalls", deque()),
+        mock.patch.object(flight, "_recorded_event") as record,
+    ):
+        flight_log.take_waited_s()
+        gather_json(1, mesh.saving, torch.device("cpu"))
+        in_background, waited_s = record.call_count, flight_log.take_waited_s()
+        all_reduce(torch.zeros(1), mesh.world)
+        return in_background, waited_s, record.call_count
+
+
+def test_the_wait_of_a_save_is_no_step_s_and_records_no_event() -> None:
+    """Its thread has device 0 current: an event there would make a context, and pair with none of ours."""
+    assert run_ranks(recorded_events, 2) == [(0, 0.0, 2)] * 2
 
 
 def killed_while_waiting(root: str) -> None:
