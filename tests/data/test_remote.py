@@ -190,6 +190,10 @@ def test_damage_at_the_source_is_kept_to_its_block(server):
     path.write_bytes(data)
     with pytest.raises(CorruptBlockError, match=rf"{url}/d?/?shard_00001\.arrow: record batch 2 is corrupt"):
         dataset.block(7)
+    fetched = server.requests["shard_00001.arrow"]
+    with pytest.raises(CorruptBlockError, match="record batch 2 is corrupt"):
+        dataset.block(7)
+    assert server.requests["shard_00001.arrow"] == fetched  # made anew once: it is not the cache's disk
     assert [dataset.block(n).tokens.size for n in (5, 6, 8, 9)] == [2000] * 4
     path.write_bytes(data + b"more")
     with pytest.raises(DataError, match="bytes, expected"):
@@ -197,6 +201,21 @@ def test_damage_at_the_source_is_kept_to_its_block(server):
     (server.root / "d" / "manifest.json").write_bytes(b"[" * (1 << 20))
     with pytest.raises(DataError, match="is not valid JSON"):
         Dataset(url)
+
+
+def test_a_copy_that_changed_while_nobody_held_it_is_made_anew(server, monkeypatch):
+    """Its blocks have been checked before, but were other bytes then."""
+    monkeypatch.setattr("megalite.data.maps.OPEN_COPIES", 1)
+    dataset = Dataset(served(server))
+    tokens = dataset.block(7).tokens.copy()
+    dataset.block(0)  # another shard: the copy is let go of
+    (copy,) = Path(os.environ["MEGALITE_CACHE"]).glob("*-shard_00001.arrow")
+    offset, size = dataset.manifest.shards[1].batches[2, :2].tolist()
+    data = bytearray(copy.read_bytes())
+    data[offset + size // 2] ^= 1
+    copy.write_bytes(data)
+    np.testing.assert_array_equal(dataset.block(7).tokens, tokens)
+    assert server.requests["shard_00001.arrow"] == 2
 
 
 def test_a_cache_smaller_than_the_dataset(server, tmp_path):
