@@ -240,12 +240,28 @@ def test_resuming_with_something_else_is_refused(tmp_path):
         ShardWriter(tmp_path / "d", ByteTokenizer(), resume=True, compression="zstd", **options),
     ):
         pass
+    for other in ({"batch_tokens": 51}, {"shard_bytes": 601}, {"has_loss_mask": True}):
+        with (
+            pytest.raises(DataError, match="was begun with"),
+            ShardWriter(tmp_path / "d", ByteTokenizer(), resume=True, **{**options, **other}),
+        ):
+            pass
     with (
         pytest.raises(DataError, match="documents are not those .* was made from"),
         ShardWriter(tmp_path / "d", ByteTokenizer(), resume=True, **options) as writer,
     ):
         for n in range(20):
             writer.write(f"other{n}", "test", np.arange(40))
+    for n, (doc_id, source) in enumerate([("a b", "c"), ("a", "b c")]):  # the same letters in a row
+        with (
+            pytest.raises((InterruptedError, DataError)) as caught,
+            ShardWriter(tmp_path / "e", ByteTokenizer(), resume=True, **options) as writer,
+        ):
+            assert bool(writer.finished_documents) == bool(n)
+            for document in random_documents([40] * 4):
+                writer.write(doc_id, source, document)
+            raise InterruptedError
+    assert "documents are not those" in str(caught.value)
     with (
         pytest.raises(DataError, match=r"1 documents were given, but .* was made from"),
         ShardWriter(tmp_path / "d", ByteTokenizer(), resume=True, **options) as writer,
