@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import os
 import socket
 import threading
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,6 +136,30 @@ def test_a_network_that_fails_and_recovers(server, compression, monkeypatch):
     assert server.requests[f"shard_00000{suffix}"] == 6
     assert server.requests[f"shard_00001{suffix}"] == 2
     assert not any(server.faults.values())
+
+
+def test_a_stream_that_breaks_again_and_again_but_goes_on(monkeypatch):
+    """A failure after progress is the first again; what is to be passed over may come in small pieces."""
+    monkeypatch.setattr(remote, "PAUSE_S", 0.0)
+    content, opened = bytes(range(40)), []
+
+    class Trickle(io.BytesIO):
+        def read(self, size=-1):
+            if not self.left:
+                raise ConnectionResetError
+            self.left -= 1
+            return super().read(min(size, 5))
+
+    def open_file(*_, **__):
+        opened.append(Trickle(content))
+        opened[-1].left = len(opened)  # one piece further than the last time
+        return opened[-1]
+
+    folder = remote.RemoteFolder("http://localhost/d")
+    monkeypatch.setattr(folder, "_files", SimpleNamespace(open=open_file))
+    assert folder.read("f", 100) == content
+    assert len(opened) == 9
+    assert folder._open("f", 13, 40).read(5) == content[13:18]
 
 
 def test_a_network_that_stays_down(server):

@@ -323,15 +323,24 @@ def test_a_manifest_too_large_to_be_read_is_not_written(tmp_path, monkeypatch):
     assert not (tmp_path / "d").exists()
 
 
+def test_joined_parts_count_their_empty_documents(tmp_path):
+    for name in "ab":
+        write(tmp_path / name, [*random_documents([3, 5]), np.zeros(0, np.int64)])
+    join_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "d")
+    manifest = Dataset(tmp_path / "d").manifest
+    assert (manifest.documents, manifest.empty_documents) == (4, 2)
+
+
 def test_parts_that_cannot_be_joined(tmp_path):
     write(tmp_path / "a", random_documents([10]))
     write(tmp_path / "b", random_documents([10]), compression="zstd")
     write(tmp_path / "c", random_documents([10]), tokenizer=WideTokenizer())
-    for other, key in (("b", "compression"), ("c", "tokenizer")):
+    write(tmp_path / "m", random_documents([10]), spans=[[(0, 5)]])
+    for other, key in (("b", "compression"), ("c", "tokenizer"), ("m", "has_loss_mask")):
         with pytest.raises(DataError, match=f"{other} has {key} .*, but .*a has .*; write all parts"):
             join_datasets([tmp_path / "a", tmp_path / other], tmp_path / "d")
     with pytest.raises(DataError, match="no parts to join"):
         join_datasets([], tmp_path / "d")
     with pytest.raises(DataError, match="already there"):
         join_datasets([tmp_path / "a"], tmp_path / "b")
-    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c", "m"]
