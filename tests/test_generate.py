@@ -78,6 +78,9 @@ def test_sampled_frequencies_follow_the_filtered_distribution() -> None:
     assert agree(frequencies(top_p=0.69), [0, 0.4, 0, 0.3, 0])
     assert agree(frequencies(top_p=0.71), [0, 0.4, 0.2, 0.3, 0])
     assert agree(frequencies(top_k=3, top_p=0.7), [0, 0.4, 0, 0.3, 0])  # 0.4 + 0.3 of 0.9
+    p = torch.full((4,), 0.25)
+    found = torch.tensor([_pick(p.log(), 1.0, 0, 0.5, generator) for _ in range(200)])
+    assert found.unique().tolist() == [0, 1]  # which together are 0.5 exactly
 
 
 def test_eos_ends_the_text() -> None:

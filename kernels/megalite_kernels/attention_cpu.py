@@ -205,7 +205,7 @@ def _backward_cpu(
         target = dq[:, :, queries]
         torch.mul(torch.bmm(ds, block_k).view(target.shape), scale, out=target)
         _add_keys(dk, torch.bmm(ds.transpose(1, 2), scaled), keys, stored)
-        stored = min(stored, keys.start)
+        stored = keys.start  # spans of keys never move back from one block to the next
     return (
         _ungrouped(dq, batch),
         _ungrouped(dk.to(k.dtype)[:, None], batch),

@@ -99,8 +99,8 @@ def quantise(weights: Sequence[float]) -> Ints:
             f"data.sources weights {list(weights)} are too far apart; the smallest share must be at least "
             f"1/{MAX_PERIOD}"
         )
-    best = int(np.flatnonzero(error <= error.min() + 1e-13)[0])
-    counts: Ints = rounded[best].astype(np.int64)
+    # Equal ratios have equal quotients to the last bit, so the first least error is of the shortest period.
+    counts: Ints = rounded[error.argmin()].astype(np.int64)
     return counts
 
 

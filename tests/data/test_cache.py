@@ -84,6 +84,21 @@ def test_the_wrong_number_of_bytes_leaves_nothing(tmp_path, size):
     assert names(cache) == []
 
 
+def test_a_part_that_got_its_name_before_it_was_locked_is_left_alone(tmp_path, monkeypatch):
+    """Else a finished file, which others may have mapped, would be filled again."""
+    cache, flock, calls, others = ShardCache(tmp_path), fcntl.flock, [], [ShardCache(tmp_path)]
+
+    def late(file: int, how: int) -> None:
+        if how == fcntl.LOCK_EX | fcntl.LOCK_NB and others:
+            others.pop().map("a", SIZE, filled("a", calls=calls))
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert cache.map("a", SIZE, filled("a", calls=calls))[:] == b"a" * SIZE
+    assert calls == ["a"]
+    assert names(cache) == ["a"]
+
+
 def test_an_error_while_filling_leaves_nothing(tmp_path):
     def broken():
         yield b"a" * 100

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from dataclasses import fields
+from itertools import product
 
 import numpy as np
 import pytest
@@ -132,10 +133,10 @@ def test_every_epoch_delivers_every_token_once(datasets):
     assert len(set(seen)) == sum(data.samples)
     with pytest.raises(DataError, match="past the data"):
         data.micro_batches(total, Share(1, 1))
-    for world in (1, 2):  # a step that is not whole is not begun, by any rank
-        with data.steps(total - 21, Share(4, 2, 0, world)) as steps:
+    for left, world in product((21, 22, 23), (1, 2)):  # a step that is not whole is not begun, by any rank
+        with data.steps(total - left, Share(4, 2, 0, world)) as steps:
             for n in range(5):
-                assert next(steps)[0].sample_ids[0] == total - 21 + 4 * n
+                assert next(steps)[0].sample_ids[0] == total - left + 4 * n
             with pytest.raises(DataError, match="past the data"):
                 next(steps)
 
@@ -163,6 +164,23 @@ def test_a_changed_mixture_continues_where_each_source_stood(datasets):
     again = loader(datasets[:2], 16)
     assert not again.restore(json.loads(json.dumps(last.state(150))), 150)
     assert again.locate(np.arange(90, 200))[1].tolist() == last.locate(np.arange(90, 200))[1].tolist()
+
+
+def test_another_cap_is_another_mixture(datasets):
+    """It would move what was drawn before."""
+    before = loader(datasets[:2], 16, sources=[{"max_epochs": 2}, {}])
+    after = loader(datasets[:2], 16, sources=[{"max_epochs": 3}, {}])
+    assert after.restore(before.state(50), 50)
+    assert after.blend.origin == 50
+    assert not loader(datasets[:2], 16, sources=[{"max_epochs": 2}, {}]).restore(before.state(50), 50)
+
+
+def test_a_dataset_that_is_named_twice_is_two_sources(datasets):
+    twice = loader([datasets[0], datasets[0]], 16, sources=[{"weight": 0.75}, {"weight": 0.25}])
+    source, sample = twice.locate(np.arange(80))
+    assert sample[source == 0][:20].tolist() != sample[source == 1].tolist()
+    state = json.loads(json.dumps(twice.state(80)))
+    assert list(state["cursors"].values()) == [60, 20]
 
 
 @pytest.mark.parametrize(
@@ -242,13 +260,16 @@ def test_too_many_damaged_blocks_end_the_run(tmp_path):
     found = [Replacement(n, "shard", n, "is corrupt") for n in range(allowed + 1)]
     bad.quarantine([*found[:-1], *found[:-1]])  # the same ones again are no more
     assert len(bad.bad_blocks) == allowed
+    exact = loader(bad.datasets, 16, max_bad_blocks=allowed / total)
+    exact.quarantine(found[:-1])  # as many as that are not more
     other = loader(bad.datasets, 16, max_bad_blocks=0.3)
     other.restore(json.loads(json.dumps(bad.state(5))), 5)
     for each in (bad, other):
         with pytest.raises(
             DataError, match=f"shard: record batch {allowed} is corrupt; {allowed + 1} of {total}"
-        ):
+        ) as caught:
             each.quarantine(found[-1:])
+        assert caught.value.is_shared
 
 
 def test_damage_is_an_error_where_nothing_may_be_replaced(tmp_path):
@@ -326,6 +347,20 @@ def test_datasets_are_told_what_is_read_next(datasets, monkeypatch):
             next(steps)
     assert told == sorted(set(told)), "each once"
     assert {number for number, was_told in read if not was_told} == {0}  # the first batch waits for its own
+
+
+def test_what_is_read_again_is_told_again(datasets, monkeypatch):
+    monkeypatch.setattr("megalite.data.loader.PLANNED", 16)
+    monkeypatch.setattr("megalite.data.loader.MAX_HINTED", 2)
+    told = []
+    data = loader(datasets[0], 16, shuffle=False)
+    monkeypatch.setattr(data.datasets[0], "prefetch", lambda blocks: told.extend(blocks))
+    with data.steps(0, Share(4, 4), prefetch=0) as steps:
+        for _ in range(2 * data.samples[0] // 4):
+            next(steps)
+    last = data.num_blocks - 1
+    assert last > 4
+    assert told.count(last) >= 2, "in each epoch"
 
 
 def test_a_summary_of_what_is_read(datasets):

@@ -6,10 +6,11 @@ import os
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from megalite.data.folder import LocalFolder
-from megalite.data.manifest import dump_manifest, load_manifest
+from megalite.data.manifest import Manifest, TokenizerInfo, dump_manifest, load_manifest
 from megalite.data.shards import Dataset
 from megalite.errors import DataError
 
@@ -77,6 +78,19 @@ def _column(key, *values):
     return _set("shards", 0, "batches", key, packed(key, *values))
 
 
+def _record_batches(places):
+    """The dataset's one document as several record batches at these (offset, bytes)."""
+    offsets, sizes = zip(*places, strict=True)
+    ones = [1] * len(places)
+    columns = {"offset": offsets, "bytes": sizes, "crc32": ones, "documents": ones, "tokens": ones}
+    return _set("shards", 0, "batches", {key: packed(key, *values) for key, values in columns.items()})
+
+
+def _list_twice(content):
+    content["shards"] *= 2
+    content.update(documents=2, tokens=100)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -104,6 +118,7 @@ def _column(key, *values):
         (_column("offset", 2**64 - 1), "offset holds 18446744073709551615"),
         (_column("offset", 2**52), "leave the file's"),
         (_column("bytes", 0), "are empty"),
+        (_record_batches([(8, 100), (107, 50)]), "overlap"),
         (_set("shards", 0, "arrow_bytes", 1), "but arrow_bytes=1; it is not compressed"),
         (_set("loss_mask", 1), "loss_mask is 1; expected true or false"),
         (_set("loss_mask", None), "loss_mask is null"),
@@ -116,6 +131,7 @@ def _column(key, *values):
         (_set("tokenizer", "eos_id", 255), "not the tokenizer of this dataset"),
         (lambda content: content.pop("tokenizer"), "key tokenizer is missing"),
         (lambda content: content["shards"].append(content["shards"][0]), "but its parts make"),
+        (_list_twice, "a shard file is listed twice"),
     ],
 )
 def test_manifest_is_checked(tmp_path, change, message):
@@ -124,6 +140,11 @@ def test_manifest_is_checked(tmp_path, change, message):
     edit_manifest(folder, change)
     with pytest.raises(DataError, match=message):
         Dataset(folder)
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
+def test_tokens_are_stored_as_narrow_as_their_ids_allow(vocab_size, dtype):
+    assert Manifest(TokenizerInfo("byte", "", vocab_size, 0), None, ()).dtype == dtype
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, '{"format": NaN}', "\0", "9" * 5000])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.data.mixture import Mixture, arrange, quantise, temperature_weights
-from megalite.data.schedule import Blend, Phase, SeqLens, Skips
+from megalite.data.schedule import Blend, Phase, SeqLens, Skips, first_sample
 from megalite.errors import ConfigError, DataError
 
 
@@ -149,6 +149,13 @@ def test_the_end_of_all_sources():
         Blend([Phase(0, (0.0,))], [None])
 
 
+def test_what_was_drawn_before_the_mixture_began_it_cannot_tell():
+    blend = Blend([Phase(0, (1.0, 1.0))], [None, None], 10, [5, 5])
+    assert blend.locate(np.array([10]))[1].tolist() == [5]
+    with pytest.raises(DataError, match="sample 9 was drawn before sample 10"):
+        blend.locate(np.array([12, 9]))
+
+
 @settings(max_examples=60, deadline=None)
 @given(before=shares, after=shares, at=st.integers(0, 300), limits=st.just([None, 70, None]))
 def test_a_changed_mixture_continues_every_source(before, after, at, limits):
@@ -178,6 +185,11 @@ def test_skipped_ranges_that_make_no_sense():
     for bad in ((5, 5), (-1, 3), (6, 2)):
         with pytest.raises(ConfigError, match="cannot be left out"):
             Skips([bad])
+
+
+def test_a_change_comes_with_the_first_sample_that_has_all_tokens_before_it():
+    assert [first_sample(tokens, 16) for tokens in (0, 1, 16, 17)] == [0, 1, 1, 2]
+    assert Skips([(0, 5), (5, 9)]).ranges == ((0, 9),)
 
 
 def test_row_lengths():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import pairwise
 
@@ -61,6 +62,28 @@ def test_rows_against_a_naive_reference(tmp_path_factory, lengths, seq, mask):
     assert batch.doc_starts is None or batch.doc_starts.dtype == np.int32
 
 
+@pytest.mark.parametrize("first", [16, 17, 18])
+def test_a_document_that_begins_beside_a_rows_end(tmp_path, first):
+    """Of sample 0 token 15 is the last, and 16 a label only; it crosses record batches, and is not followed
+    by sample 1."""
+    lengths = [9, first - 9, 20, 20]
+    documents = random_documents(lengths)
+    dataset = write(tmp_path / "d", documents, batch_tokens=9)
+    batch = loader(dataset, 16, shuffle=False).batch([1, 0, 2])
+    for row, sample in enumerate([1, 0, 2]):
+        expected = naive_row(lengths, np.concatenate(documents), sample, 16, True)
+        found = (batch.tokens, batch.labels, batch.positions, batch.doc_starts)
+        assert [each[row].tolist() for each in found] == list(expected)
+
+
+def test_the_last_label_counts_among_a_samples_record_batches(tmp_path):
+    dataset = write(tmp_path / "d", random_documents([32] * 4), batch_tokens=32)
+    packing = loader(dataset, 16).packings[0]
+    assert packing.blocks(np.array([0])).tolist() == [0]
+    assert packing.blocks(np.array([1])).tolist() == [0, 1]
+    assert packing.pieces(1) == [(0, 16, 32)]
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 200), max_size=60), st.integers(1, 64))
 def test_best_fit_cuts_only_what_is_too_long_and_loses_nothing(lengths, seq):
@@ -82,6 +105,8 @@ def test_best_fit_cuts_only_what_is_too_long_and_loses_nothing(lengths, seq):
 def test_best_fit_takes_the_tightest_gap():
     bins = pack(np.array([6, 5, 4, 3, 2]), 10)
     assert [bins.document[a:b].tolist() for a, b in pairwise(bins.edges)] == [[0, 2], [1, 3, 4]]
+    bins = pack(np.array([3, 4, 7, 6]), 10)  # the longest first, or it would take three
+    assert [bins.document[a:b].tolist() for a, b in pairwise(bins.edges)] == [[2, 0], [3, 1]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -179,7 +204,12 @@ def test_the_table_is_built_in_parts_kept_and_checked(tmp_path):
     whole.save(tmp_path / "packing", chunks)
     assert Table.load(tmp_path / "packing", chunks).counts.tolist() == whole.counts.tolist()
     (file,) = (tmp_path / "packing").iterdir()
-    for broken in (b"", b"[[1]]", b"[[[1, 2, 3, 4, 5]], []]", b"[3, 4]", b"{}"):
+    other = Chunks(dataset, 8)
+    other.width, other.count = 1, dataset.num_blocks
+    assert Table.load(tmp_path / "packing", other) is None
+    few, negative = json.dumps([whole.counts[1:].tolist(), []]), json.dumps([(-whole.counts).tolist(), []])
+    shapes = (b"", b"[[1]]", b"[[[1, 2, 3, 4, 5]], []]", b"[3, 4]", b"{}")
+    for broken in (*shapes, few.encode(), negative.encode()):
         file.write_bytes(broken)
         assert Table.load(tmp_path / "packing", chunks) is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import os
 import socket
 import threading
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,6 +138,30 @@ def test_a_network_that_fails_and_recovers(server, compression, monkeypatch):
     assert not any(server.faults.values())
 
 
+def test_a_stream_that_breaks_again_and_again_but_goes_on(monkeypatch):
+    """A failure after progress is the first again; what is to be passed over may come in small pieces."""
+    monkeypatch.setattr(remote, "PAUSE_S", 0.0)
+    content, opened = bytes(range(40)), []
+
+    class Trickle(io.BytesIO):
+        def read(self, size=-1):
+            if not self.left:
+                raise ConnectionResetError
+            self.left -= 1
+            return super().read(min(size, 5))
+
+    def open_file(*_, **__):
+        opened.append(Trickle(content))
+        opened[-1].left = len(opened)  # one piece further than the last time
+        return opened[-1]
+
+    folder = remote.RemoteFolder("http://localhost/d")
+    monkeypatch.setattr(folder, "_files", SimpleNamespace(open=open_file))
+    assert folder.read("f", 100) == content
+    assert len(opened) == 9
+    assert folder._open("f", 13, 40).read(5) == content[13:18]
+
+
 def test_a_network_that_stays_down(server):
     url = served(server)
     dataset = Dataset(url)
@@ -190,6 +216,10 @@ def test_damage_at_the_source_is_kept_to_its_block(server):
     path.write_bytes(data)
     with pytest.raises(CorruptBlockError, match=rf"{url}/d?/?shard_00001\.arrow: record batch 2 is corrupt"):
         dataset.block(7)
+    fetched = server.requests["shard_00001.arrow"]
+    with pytest.raises(CorruptBlockError, match="record batch 2 is corrupt"):
+        dataset.block(7)
+    assert server.requests["shard_00001.arrow"] == fetched  # made anew once: it is not the cache's disk
     assert [dataset.block(n).tokens.size for n in (5, 6, 8, 9)] == [2000] * 4
     path.write_bytes(data + b"more")
     with pytest.raises(DataError, match="bytes, expected"):
@@ -197,6 +227,21 @@ def test_damage_at_the_source_is_kept_to_its_block(server):
     (server.root / "d" / "manifest.json").write_bytes(b"[" * (1 << 20))
     with pytest.raises(DataError, match="is not valid JSON"):
         Dataset(url)
+
+
+def test_a_copy_that_changed_while_nobody_held_it_is_made_anew(server, monkeypatch):
+    """Its blocks have been checked before, but were other bytes then."""
+    monkeypatch.setattr("megalite.data.maps.OPEN_COPIES", 1)
+    dataset = Dataset(served(server))
+    tokens = dataset.block(7).tokens.copy()
+    dataset.block(0)  # another shard: the copy is let go of
+    (copy,) = Path(os.environ["MEGALITE_CACHE"]).glob("*-shard_00001.arrow")
+    offset, size = dataset.manifest.shards[1].batches[2, :2].tolist()
+    data = bytearray(copy.read_bytes())
+    data[offset + size // 2] ^= 1
+    copy.write_bytes(data)
+    np.testing.assert_array_equal(dataset.block(7).tokens, tokens)
+    assert server.requests["shard_00001.arrow"] == 2
 
 
 def test_a_cache_smaller_than_the_dataset(server, tmp_path):

@@ -240,12 +240,28 @@ def test_resuming_with_something_else_is_refused(tmp_path):
         ShardWriter(tmp_path / "d", ByteTokenizer(), resume=True, compression="zstd", **options),
     ):
         pass
+    for other in ({"batch_tokens": 51}, {"shard_bytes": 601}, {"has_loss_mask": True}):
+        with (
+            pytest.raises(DataError, match="was begun with"),
+            ShardWriter(tmp_path / "d", ByteTokenizer(), resume=True, **{**options, **other}),
+        ):
+            pass
     with (
         pytest.raises(DataError, match="documents are not those .* was made from"),
         ShardWriter(tmp_path / "d", ByteTokenizer(), resume=True, **options) as writer,
     ):
         for n in range(20):
             writer.write(f"other{n}", "test", np.arange(40))
+    for n, (doc_id, source) in enumerate([("a b", "c"), ("a", "b c")]):  # the same letters in a row
+        with (
+            pytest.raises((InterruptedError, DataError)) as caught,
+            ShardWriter(tmp_path / "e", ByteTokenizer(), resume=True, **options) as writer,
+        ):
+            assert bool(writer.finished_documents) == bool(n)
+            for document in random_documents([40] * 4):
+                writer.write(doc_id, source, document)
+            raise InterruptedError
+    assert "documents are not those" in str(caught.value)
     with (
         pytest.raises(DataError, match=r"1 documents were given, but .* was made from"),
         ShardWriter(tmp_path / "d", ByteTokenizer(), resume=True, **options) as writer,
@@ -307,15 +323,24 @@ def test_a_manifest_too_large_to_be_read_is_not_written(tmp_path, monkeypatch):
     assert not (tmp_path / "d").exists()
 
 
+def test_joined_parts_count_their_empty_documents(tmp_path):
+    for name in "ab":
+        write(tmp_path / name, [*random_documents([3, 5]), np.zeros(0, np.int64)])
+    join_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "d")
+    manifest = Dataset(tmp_path / "d").manifest
+    assert (manifest.documents, manifest.empty_documents) == (4, 2)
+
+
 def test_parts_that_cannot_be_joined(tmp_path):
     write(tmp_path / "a", random_documents([10]))
     write(tmp_path / "b", random_documents([10]), compression="zstd")
     write(tmp_path / "c", random_documents([10]), tokenizer=WideTokenizer())
-    for other, key in (("b", "compression"), ("c", "tokenizer")):
+    write(tmp_path / "m", random_documents([10]), spans=[[(0, 5)]])
+    for other, key in (("b", "compression"), ("c", "tokenizer"), ("m", "has_loss_mask")):
         with pytest.raises(DataError, match=f"{other} has {key} .*, but .*a has .*; write all parts"):
             join_datasets([tmp_path / "a", tmp_path / other], tmp_path / "d")
     with pytest.raises(DataError, match="no parts to join"):
         join_datasets([], tmp_path / "d")
     with pytest.raises(DataError, match="already there"):
         join_datasets([tmp_path / "a"], tmp_path / "b")
-    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c", "m"]

@@ -35,6 +35,18 @@ DOCUMENTS = {  # lengths that are repeated to fill each row
 }
 
 
+def test_gradients_of_a_key_that_many_blocks_see_are_summed_in_fp32() -> None:
+    """All queries see the first key alone, whose value gets 1024 of the last block and 3 of each other."""
+    q, k = torch.zeros(2, 1, 1024, 1, 8, dtype=torch.bfloat16)
+    q[..., 0], k[:, 0, :, 0] = 1, 1000
+    v = random(1, 1024, 1, 8, dtype=torch.bfloat16).requires_grad_()
+    gradient = torch.full_like(v, 3 / 128)
+    gradient[:, -128:] = 8
+    attention(q, k, v, impl="torch").backward(gradient)
+    assert v.grad is not None
+    assert (v.grad[:, 0] == 1048).all()  # 1045, rounded once
+
+
 def _inputs(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     batch, seq, heads, kv_heads, head_dim = shape
     return (

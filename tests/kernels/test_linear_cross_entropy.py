@@ -210,3 +210,16 @@ def test_a_divided_vocabulary_is_the_vocabulary(label_smoothing: float) -> None:
         torch.testing.assert_close(rank[:2], (loss.detach(), z))
     torch.testing.assert_close(sum(rank[2] for rank in found), dx)
     torch.testing.assert_close(torch.cat([rank[3] for rank in found]), dw)
+
+
+def test_no_tokens_have_a_gradient_of_zeros() -> None:
+    x, weight = torch.ones(0, 4, requires_grad=True), torch.ones(3, 4, requires_grad=True)
+    torch.use_deterministic_algorithms(True)  # then fresh memory is NaN
+    try:
+        loss, _ = linear_cross_entropy(x, weight, torch.zeros(0, dtype=torch.int64))
+        loss.backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert loss == 0
+    assert weight.grad is not None
+    assert (weight.grad == 0).all()

@@ -29,3 +29,9 @@ def test_what_is_not_finite_shows(value: float) -> None:
         x = torch.ones(8192)
         x[place] = value
         assert not sum_of_squares(x, impl="torch").isfinite()
+
+
+def test_runs_are_added_in_float64() -> None:
+    x = torch.zeros(3 * 4096)
+    x[0], x[4096], x[-1] = 2.0**13, 1, 1
+    assert sum_of_squares(x, impl="torch").item() == 2**26 + 2

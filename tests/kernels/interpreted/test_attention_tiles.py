@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,6 +92,16 @@ def test_no_tile_is_wasted_and_none_left_out(call: tuple[Any, ...]) -> None:
         torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5)
     count = needed(_visible(q, k, causal, starts, window).expand(2, -1, -1, -1)) * group
     assert tiles == dict.fromkeys(KERNELS, count)
+
+
+def test_a_tile_beyond_what_32_bits_can_count() -> None:
+    """Of the four gigabytes between its rows nothing is touched."""
+    apart = 1 << 24
+    k = torch.from_numpy(np.zeros(128 * apart + 64, np.float16)).as_strided((1, 129, 1, 64), (1, apart, 1, 1))
+    q, v = (random(1, rows, 1, 64, seed=rows, dtype=torch.float16) for rows in (1, 129))
+    k[0, -1, 0] = 2 * q[0, 0, 0]
+    found, expected = (attention(q, k, v, impl=impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("together", [1, 2, 3, 100])

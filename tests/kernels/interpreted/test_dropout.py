@@ -14,7 +14,7 @@ KEYS = torch.tensor([derive_key("a", 0), derive_key("b"), 0, -1, 2**62, 5])
 PLACES = torch.tensor([0, 1, 2**40, 7, 4095, 3])
 
 
-@pytest.mark.parametrize("p", [0.0, 1 / 3, 0.999])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_same_bits_as_torch(dtype: torch.dtype, p: float) -> None:
     for shape in ((6, 1), (6, 1300), (6, 5, 7)):
