@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import faulthandler
 import io
 import os
@@ -90,6 +91,10 @@ def _command(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # the reader of our output (head, a pager) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # any other may pass with a restart, which exit code 2 would rule out
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return _fail(ConfigError(f"path {str(error.filename)[:60]}… is longer than the system takes"))
     except KeyboardInterrupt:
         return 130
     return code

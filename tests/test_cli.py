@@ -204,6 +204,12 @@ def test_mistakes_are_one_line_and_exit_2(
         (["train"], "no config file given"),
         (["train", str(config), "data.sources=[{path='gone'}]"], f"no dataset folder gone in {tmp_path}"),
         (["generate", "gone", "--prompt", "x"], "gone"),
+        (
+            ["train", str(config), "--dry-run", "data.skip=[[5, 2]]"],
+            "data: skip has [5, 2]; give [first, after]",
+        ),
+        (["data", "show", "a" * 5000], "is longer than the system takes"),
+        (["train", str(config), f"run_dir={'a' * 300}"], "is longer than the system takes"),
     ]:
         assert main(arguments) == 2
         error = capsys.readouterr().err

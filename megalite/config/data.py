@@ -91,6 +91,9 @@ class DataConfig(Section):
                     f"{key}.weights={weights}; give {len(self.sources)} numbers, one for each of sources, "
                     "none negative and not all 0"
                 )
+        for first, after in self.skip:
+            if not 0 <= first < after:
+                raise ValueError(f"skip has [{first}, {after}]; give [first, after] with 0 ≤ first < after")
         for n, stage in enumerate(self.seq_len_schedule):
             if self.seq_len % stage.seq_len:
                 raise ValueError(
