@@ -206,7 +206,7 @@ def _explain(
         if near:
             hint = f"; did you mean {'.'.join([*map(str, where[:-1]), near[0]])}?"
         elif elsewhere:
-            hint = f"; did you mean {_all_keys(root)[elsewhere[0]]}?"
+            hint = f"; did you mean {' or '.join(_all_keys(root)[elsewhere[0]])}?"
         else:
             hint = f"; known keys: {', '.join(known)}"
         text = f"unknown key {key}{hint}"
@@ -237,15 +237,16 @@ def _section_type(root: type[BaseModel], where: Iterable[Any]) -> type[BaseModel
     return current
 
 
-def _all_keys(root: type[BaseModel]) -> dict[str, str]:
-    """Leaf key → full dotted key, for keys put into the wrong section."""
-    keys = {}
+def _all_keys(root: type[BaseModel]) -> dict[str, list[str]]:
+    """Leaf key → full dotted keys, for keys put into the wrong section."""
+    keys: dict[str, list[str]] = {}
     for section, field in root.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys.update({leaf: f"{section}.{leaf}" for leaf in kind.model_fields})
+            for leaf in kind.model_fields:
+                keys.setdefault(leaf, []).append(f"{section}.{leaf}")
         else:
-            keys[section] = section
+            keys[section] = [section]
     return keys
 
 

@@ -130,6 +130,7 @@ MISTAKES = [
     ),
     (TOML.replace("[train]", "[trian]"), [], ["trian", "did you mean train", "c.toml:16"]),
     ("lr = 1\n" + TOML, [], ["unknown key lr", "did you mean optim.lr", "c.toml:1"]),
+    (TOML, ["every_steps=3"], ["did you mean checkpoint.every_steps or log.every_steps?", "command line"]),
     (TOML.replace("steps = 10", 'steps = "10"'), [], ["train.steps='10'", "integer", "c.toml:17"]),
     (TOML.replace("steps = 10", "steps = 0"), [], ["train.steps=0", "greater than 0", "c.toml:17"]),
     (TOML.replace("steps = 10\n", ""), [], ["train.steps is required"]),

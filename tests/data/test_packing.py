@@ -146,6 +146,14 @@ def test_packed_rows_hold_whole_documents(tmp_path_factory, lengths, seq, mask):
         assert not followed.any()
 
 
+@pytest.mark.parametrize("mask", [True, False])
+def test_the_last_token_before_padding_predicts_nothing(tmp_path, mask):
+    (document,) = documents = random_documents([3])
+    dataset = write(tmp_path / "d", documents)
+    batch = loader(dataset, 6, document_mask=mask, packing="best_fit").batch([0])
+    assert batch.labels.tolist() == [[*document[1:].tolist(), IGNORE, IGNORE, IGNORE, IGNORE]]
+
+
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 @pytest.mark.parametrize("length", [1, 2, 5, 10])
 def test_shorter_rows_hold_the_same_tokens_and_labels(tmp_path, packing, length):
