@@ -149,5 +149,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
         total.copy_(product if is_first else total + product)
     elif is_first:
         total.copy_(a @ b)
-    else:
-        total += a @ b
+    else:  # in pieces, for torch first makes an fp32 copy of what it adds to fp32
+        for rows, product in zip(total.split(_ROWS), (a @ b).split(_ROWS), strict=True):
+            rows += product
