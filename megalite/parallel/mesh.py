@@ -128,7 +128,7 @@ def build_mesh(timeout_s: float = 600.0, shape: MeshShape | None = None) -> Mesh
         for place in range(shape.tp)
     ]
     inner = [[stage] for pipeline in pipelines for stage in pipeline[1:-1]]
-    return Mesh(
+    mesh = Mesh(
         rank=rank,
         size=size,
         dp=axis("dp", [list(range(place, size, model)) for place in range(model)]),
@@ -150,6 +150,12 @@ def build_mesh(timeout_s: float = 600.0, shape: MeshShape | None = None) -> Mesh
             rank, size, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)), BACKGROUND
         ),
     )
+    for _, found in made:  # in the same order on all ranks
+        if found.size > 1:
+            # Nccl connects a group at its first collective. Some have theirs late, to compare weights:
+            # a network that is wrong must show now, and the device may be full then.
+            dist.all_reduce(torch.zeros(1, device=device), group=found.group)
+    return mesh
 
 
 def world_size() -> int:

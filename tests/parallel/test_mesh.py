@@ -54,3 +54,15 @@ def shared_groups(_: Mesh, shape: MeshShape) -> list[str]:
 )
 def test_axes_of_the_same_ranks_share_a_group(shape: MeshShape, groups: list[str]) -> None:
     assert run_ranks(shared_groups, 4, shape) == [groups] * 4
+
+
+def unused_groups(_: Mesh, shape: MeshShape) -> list[str]:
+    """The axes of a new mesh whose group has not talked yet, as gloo numbers collectives."""
+    mesh = build_mesh(shape=shape)
+    axes = {name: getattr(mesh, name).group for name in ("dp", "shard", "replicas", "tp", "kv", "pp", "ends")}
+    return [name for name, group in axes.items() if group and not group._get_sequence_number_for_group()]
+
+
+def test_every_group_has_talked_before_the_device_is_full() -> None:
+    for shape in (MeshShape(zero_shard_size=2), MeshShape(tp=2, pp=2)):
+        assert run_ranks(unused_groups, 4, shape) == [[]] * 4
