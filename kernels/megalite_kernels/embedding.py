@@ -55,7 +55,7 @@ class _Embedding(torch.autograd.Function):
         ctx.rows, ctx.chosen = weight.shape[0], chosen
         if is_mine is None:
             return F.embedding(ids, weight)
-        return F.embedding(ids.clamp_min(0), weight).masked_fill_(~is_mine[..., None], 0.0)
+        return F.embedding(ids.clamp_min(0), weight).masked_fill(~is_mine[..., None], 0.0)
 
     @staticmethod
     @once_differentiable

@@ -150,5 +150,5 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
     elif is_first:
         total.copy_(a @ b)
     else:  # in pieces, for torch first makes an fp32 copy of what it adds to fp32
-        for rows, product in zip(total.split(_ROWS), (a @ b).split(_ROWS), strict=True):
+        for rows, product in zip(torch.split(total, _ROWS), torch.split(a @ b, _ROWS), strict=True):
             rows += product

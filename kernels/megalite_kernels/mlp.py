@@ -222,7 +222,8 @@ class _MLP(torch.autograd.Function):
 def _activate(pre: Tensor, activation: Activation) -> Tensor:
     if activation == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        y = F.silu(gate).mul_(up)
+        return y.view_as(y)  # compiled, torch 2.11 gives zeros for the gradient of what was written in place
     return F.gelu(pre, approximate=_approximation(activation))
 
 

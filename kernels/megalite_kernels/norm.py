@@ -66,7 +66,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rstd = (wide.square().mean(-1, keepdim=True) + eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).mul_(weight).to(x.dtype)
+        return _rounded((wide * rstd).mul_(weight), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -135,7 +135,7 @@ class _LayerNorm(torch.autograd.Function):
         wide, weight, bias = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (x, weight, bias))
         y, mean, rstd = torch.native_layer_norm(wide, weight.shape, weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        return y.to(x.dtype)
+        return _rounded(y, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -144,6 +144,12 @@ class _LayerNorm(torch.autograd.Function):
             grads[0].to(mean.dtype), x.to(mean.dtype), weight.shape, mean, rstd, weight, bias, [True] * 3
         )
         return dx.to(x.dtype), dw, db, None
+
+
+def _rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """y in `dtype`, and never the very tensor: compiled, torch 2.11 takes what an operation returned as it
+    was, or wrote to in place, for an output without a gradient, and gives zeros."""
+    return y.view_as(y) if y.dtype == dtype else y.to(dtype)
 
 
 def norm_cost(
