@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -115,7 +115,7 @@ def to_toml(config: BaseModel) -> str:
 
 
 def describe_keys(root: type[BaseModel] = Config) -> str:
-    """Every key with its default and meaning, one a line, under the header of its table."""
+    """Every key with its default, meaning and choices, one a line, under the header of its table."""
     lines = []
 
     def walk(section: type[BaseModel], prefix: str) -> None:
@@ -126,7 +126,9 @@ def describe_keys(root: type[BaseModel] = Config) -> str:
                 tables.append((f"{prefix}{key}", field, inner))
                 continue
             default = "required" if field.is_required() else toml_value(field.default)
-            lines.append(f"  {prefix + key:<{width}} {default:<12} {field.description}")
+            choices = ", ".join(map(toml_value, _choices(field.annotation)))
+            among = f"; one of {choices}" if choices else ""
+            lines.append(f"  {prefix + key:<{width}} {default:<12} {field.description}{among}")
         for name, field, inner in tables:
             header = f"[[{name}]]" if get_origin(field.annotation) in (list, tuple) else f"[{name}]"
             lines.append(f"\n{header}  {field.description or (inner.__doc__ or '').splitlines()[0]}")
@@ -134,6 +136,12 @@ def describe_keys(root: type[BaseModel] = Config) -> str:
 
     walk(root, "")
     return "\n".join(lines)
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """The values that a key, or each one in its list, must be one of."""
+    inner = get_args(kind)
+    return inner if get_origin(kind) is Literal else next(filter(None, map(_choices, inner)), ())
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

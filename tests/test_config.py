@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_tools.recipe import Recipe
 from megalite.config import Config
 from megalite.config.section import divisors
 from megalite.config_file import build_config, changed_keys, describe_keys, load_config, to_toml
 from megalite.errors import ConfigError
 from megalite.model.flops import count_parameters
+from megalite_kernels.linear_cross_entropy import _CHUNK_BYTES
 from tests.trainer.runs import tiny
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -255,6 +257,21 @@ def test_every_key_is_described() -> None:
     assert len({line.index(line.split(maxsplit=1)[1]) for line in rows}) == 1  # long keys keep the columns
     for key in ("model.rope_theta", "mesh.zero_stage", "train.loss_chunk_mib", "log.every_steps"):
         assert key in text
+    of_loss = next(line for line in text.splitlines() if "train.loss_chunk_mib" in line)
+    defaults = (size // 2**20 for size in (_CHUNK_BYTES["cuda"], _CHUNK_BYTES["cpu"]))
+    assert "by default {} on a GPU, on CPU {}".format(*defaults) in of_loss
+
+
+def test_keys_tell_what_a_value_may_be() -> None:
+    rows = {line.split()[0]: line for line in describe_keys().splitlines() if line.startswith("  ")}
+    assert rows["optim.schedule"].endswith('; one of "cosine", "linear", "wsd", "constant"')
+    assert rows["model.rope_scaling.type"].endswith('; one of "linear", "llama3"')
+    assert rows["mesh.zero_stage"].endswith("; one of 0, 1, 2, 3")
+    recipe = describe_keys(Recipe)
+    assert '(zstd-shard); one of "lz4", "zstd", "zstd-shard"' in recipe  # a choice, or none
+    assert (
+        '; one of "long_word", "no_terminal", "few_words", "javascript", "policy"' in recipe
+    )  # a list of some
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ class TrainConfig(Section):
     loss_chunk_mib: float | None = Field(
         None,
         gt=0,
-        description="MiB of logits that exist at once, over tp; by default 1024 on a GPU, on CPU 32",
+        description="MiB of logits that exist at once, over tp; by default 1024 on a GPU, on CPU 16",
     )
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition (PaLM: 1e-4)")
     eval_every_steps: int = Field(0, ge=0, description="validate every n steps and at the end; 0 never")
