@@ -207,7 +207,14 @@ def test_a_missing_or_unreadable_file(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30))
+def test_a_path_with_a_zero_byte(tmp_path: Path) -> None:
+    """It is no path: pathlib and the system calls raise a ValueError of their own."""
+    text = _mistake(tmp_path, TOML.replace("runs/x", r"runs/\u0000x"))
+    assert f"run_dir: 'runs/\\x00x' has a zero byte, which no path and no text may have ({tmp_path}" in text
+    assert "data.sources.0.path: 'a\\x00'" in _mistake(tmp_path, TOML, r'data.sources=[{path="a\u0000"}]')
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30))
 def test_any_path_survives_a_round_trip(path: str) -> None:
     values = tomllib.loads(TOML) | {"run_dir": path}
     values["data"]["sources"] = [{"path": path}]
@@ -304,6 +311,7 @@ def test_changed_keys_are_dotted() -> None:
             ["model.num_heads=6", "model.num_kv_heads=3", "model.head_dim=6", "mesh.tp=2"],
             ["mesh.tp=2 and model.num_kv_heads=3 must divide one the other", "[1, 3, 6]"],
         ),
+        (["model.vocab_size=2", "mesh.tp=4"], ["mesh.tp=4 exceeds model.vocab_size=2", "[1, 2]"]),
     ],
 )
 def test_tensor_parallelism_that_does_not_divide(overrides: list[str], expected: list[str]) -> None:
