@@ -82,6 +82,17 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path: Path) -> None:
     assert _is_one_line(_run("slurm.sbatch", CONFIG, cwd=tmp_path, **inside), "no launch/supervise.py in")
 
 
+def test_local_cpu_counts_cores_not_threads(tmp_path: Path) -> None:
+    """`nproc` answers with OMP_NUM_THREADS, which guides tell people to set to 1."""
+    _tool(tmp_path / "tools", "nproc", "echo ${OMP_NUM_THREADS:-8}")
+    path = f"{tmp_path / 'tools'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    batch = ("train.global_batch_size=6", "train.micro_batch_size=1")
+    done = _run("local_cpu.sh", CONFIG, *batch, cwd=tmp_path, PATH=path)
+    assert _is_one_line(done, "is not a multiple of train.micro_batch_size=1 × 4 data-parallel processes"), (
+        done
+    )
+
+
 @pytest.mark.slow
 def test_local_cpu_trains_with_overrides(tmp_path: Path) -> None:
     write_dataset(tmp_path / "train", seed=1, documents=40)
