@@ -126,7 +126,7 @@ class RunLog:
         if self._progress is not None:
             self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self._speaks:
-            _print(text)
+            print(text, file=sys.stderr, flush=True)
 
     def event(self, kind: str, step: int, **details: Any) -> None:
         """A line in the ledger: something a reader of the curves must know."""
@@ -175,9 +175,8 @@ class RunLog:
             self._progress.update(self._task, completed=record["step"], description=state)
         elif record["step"] % self._every == 0 or record["step"] == self._steps or "val_loss" in record:
             left = (self._steps - record["step"]) * record["step_s"]
-            _print(
-                f"step {record['step']}/{self._steps}  {state}  lr {record['lr']:.2e}  {_duration(left)} left"
-            )
+            progress = f"step {record['step']}/{self._steps}  {state}  lr {record['lr']:.2e}"
+            print(f"{progress}  {_duration(left)} left", file=sys.stderr, flush=True)
 
     @contextmanager
     def _alerts(self, path: Path) -> Iterator[None]:
@@ -208,15 +207,6 @@ def _refusals(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; free some space or move run_dir") from None
-
-
-def _print(line: str) -> None:
-    """A line on stderr, or nowhere once nobody reads it: an ssh session that drops must not end the run."""
-    try:
-        print(line, file=sys.stderr, flush=True)
-    except OSError:
-        # What is stuck in the buffer goes there too; else Python would exit with 120 for it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _finite(value: Any) -> Any:
