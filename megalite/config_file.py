@@ -18,7 +18,7 @@ from megalite.errors import ConfigError, is_unicode
 M = TypeVar("M", bound=BaseModel)
 
 # By pydantic's kind of error: what TOML calls what should have been there.
-_TOML_NAMES = {"tuple_type": "a list", "model_type": "a table", "dict_type": "a table"}
+_TOML_NAMES = {"tuple_type": "be a list", "model_type": "be a table", "dict_type": "be a table"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -33,13 +33,13 @@ def load_toml(root: type[M], path: str | Path, overrides: Sequence[str] = ()) ->
     """
     path = Path(path)
     try:
-        source = path.read_text(encoding="utf-8")
+        source = path.read_text(encoding="utf-8-sig")  # Windows' editors put a byte order mark first
         values = tomllib.loads(source)
     except FileNotFoundError:
         raise ConfigError(f"no config file {path}; configs/ holds examples") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of a number too long, or tables too deep
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     return _build(root, values, overrides, path, source)
 
@@ -180,11 +180,11 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
         raise ConfigError(f"override {override!r} is not UTF-8; give text in that encoding")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         if text.lstrip().startswith(("[", "{")):  # most often the shell took the quotes in it
             raise ConfigError(
-                f"override {override!r} is not TOML: {error}; quote the text in it, and the whole for the "
-                """shell, as in 'data.sources=[{path="data/train"}]'"""
+                f"override {_short(override)} is not TOML: {error}; quote the text in it, and the whole for "
+                """the shell, as in 'data.sources=[{path="data/train"}]'"""
             ) from None
         value = text  # an unquoted string, as a shell user writes it
     *parents, leaf = key.split(".")
@@ -227,12 +227,17 @@ def _explain(
         elif named := re.match(r"\w+\.\w+", text):  # a cross-field check names its first key
             where, key = tuple(named[0].split(".")), named[0]
     else:
-        expected = _TOML_NAMES.get(kind) or first["msg"].removeprefix("Input should be ")
-        text = f"{key}={value!r}: should be {expected} ({_describe(root, where)})"
+        expected = _TOML_NAMES.get(kind) or first["msg"].partition("should ")[2] or first["msg"]
+        text = f"{key}={_short(value)}: should {expected} ({_describe(root, where)})"
     is_overridden = any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for name in overridden)
     place = "command line" if is_overridden else _locate(path, source, where)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{text}{f' ({place})' if place else ''}{more}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _section_type(root: type[BaseModel], where: Iterable[Any]) -> type[BaseModel]:
@@ -259,7 +264,9 @@ def _all_keys(root: type[BaseModel]) -> dict[str, list[str]]:
 
 
 def _describe(root: type[BaseModel], where: tuple[Any, ...]) -> str:
-    field = _section_type(root, where[:-1]).model_fields.get(str(where[-1])) if where else None
+    while where and not isinstance(where[-1], str):
+        where = where[:-1]  # an entry of a list is told of by the list
+    field = _section_type(root, where[:-1]).model_fields.get(where[-1]) if where else None
     return (field.description if field is not None else None) or "a table of settings"
 
 

@@ -207,6 +207,29 @@ def test_a_missing_or_unreadable_file(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
+def test_a_file_that_an_editor_on_windows_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(TOML, encoding="utf-8-sig", newline="\r\n")
+    assert load_config(path) == _load(tmp_path)
+
+
+def test_toml_that_python_cannot_hold(tmp_path: Path) -> None:
+    """Numbers of thousands of digits, lists within lists: one short line, not a traceback nor all of it."""
+    for value in ("9" * 5000, "[" * 100_000):
+        text = _mistake(tmp_path, f"seed = {value}\n{TOML}")
+        assert "is not valid TOML" in text
+        assert len(_mistake(tmp_path, TOML, f"seed={value}")) < 500
+
+
+def test_a_value_of_the_wrong_shape(tmp_path: Path) -> None:
+    assert "run_dir='': should have at least 1 character (where" in _mistake(tmp_path, TOML, 'run_dir=""')
+    of_skips = "(ranges of global sample indices left out: [[first, after], ...]) (command line)"
+    assert f"data.skip.0.1 is required {of_skips}" in _mistake(tmp_path, TOML, "data.skip=[[0]]")
+    text = _mistake(tmp_path, TOML, "data.skip=[[0, 1, 2]]")
+    assert "data.skip.0=[0, 1, 2]: should have at most 2 items" in text
+    assert of_skips in text
+
+
 def test_a_path_with_a_zero_byte(tmp_path: Path) -> None:
     """It is no path: pathlib and the system calls raise a ValueError of their own."""
     text = _mistake(tmp_path, TOML.replace("runs/x", r"runs/\u0000x"))
@@ -289,6 +312,8 @@ def test_keys_tell_what_a_value_may_be() -> None:
         "train.steps",
         "train.global_batch_size",
         "train.loss_scale",
+        "train.loss_chunk_mib",
+        "mesh.bucket_mib",
         "resilience.skip_steps",
     ],
 )
