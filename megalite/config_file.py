@@ -212,7 +212,9 @@ def _explain(
         near = difflib.get_close_matches(str(where[-1]), known, n=1)
         elsewhere = difflib.get_close_matches(str(where[-1]), _all_keys(root), n=1, cutoff=0.85)
         if near:
-            hint = f"; did you mean {'.'.join([*map(str, where[:-1]), near[0]])}?"
+            meant = (*where[:-1], near[0])
+            hint = f"; did you mean {'.'.join(map(str, meant))}?"
+            problems = [each for each in problems if (each["type"], each["loc"]) != ("missing", meant)]
         elif elsewhere:
             hint = f"; did you mean {' or '.join(_all_keys(root)[elsewhere[0]])}?"
         else:

@@ -207,6 +207,14 @@ def test_a_missing_or_unreadable_file(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
+def test_a_misspelt_key_is_one_mistake(tmp_path: Path) -> None:
+    text = _mistake(tmp_path, TOML.replace("hidden_size", "hiden_size"))
+    assert text.endswith("c.toml:5)")  # not also that the key it was meant for is missing
+    assert _mistake(tmp_path, TOML.replace("hidden_size", "hiden_size"), "train.steps=0").endswith(
+        "(and 1 more)"
+    )
+
+
 def test_a_file_that_an_editor_on_windows_wrote(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(TOML, encoding="utf-8-sig", newline="\r\n")
