@@ -82,6 +82,19 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path: Path) -> None:
     assert _is_one_line(_run("slurm.sbatch", CONFIG, cwd=tmp_path, **inside), "no launch/supervise.py in")
 
 
+def test_what_scripts_install_is_an_extra_that_exists() -> None:
+    """pip warns of another and goes on."""
+    setup = (LAUNCH.parent / "setup.py").read_text()
+    extras = [
+        line.split()[1]
+        for script in ("quickstart", "test", "demo_spike")
+        for line in (LAUNCH / script).read_text().splitlines()
+        if line.startswith("prepare ")
+    ]
+    assert len(extras) == 3
+    assert [extra for extra in extras if f'"{extra}": [' not in setup] == []
+
+
 def test_local_cpu_counts_cores_not_threads(tmp_path: Path) -> None:
     """`nproc` answers with OMP_NUM_THREADS, which guides tell people to set to 1."""
     _tool(tmp_path / "tools", "nproc", "echo ${OMP_NUM_THREADS:-8}")
