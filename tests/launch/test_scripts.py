@@ -72,6 +72,7 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path: Path) -> None:
             "hosts:3: 'b slots=many' is not HOST slots=PROCESSES",
         ),
         (["slurm.sbatch", CONFIG], "slurm: not inside a Slurm job"),
+        (["demo_spike", "--fast"], "demo_spike: unknown option --fast"),
         (["quickstart", "book.txt"], "quickstart: unknown argument book.txt"),
         (["quickstart", "--text"], "--text needs a file or a folder"),
         (["quickstart", "--text", "no/such"], "that is there, not 'no/such'"),
