@@ -16,6 +16,7 @@ from typing import IO, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from megalite.errors import ConfigError
 
@@ -91,12 +92,14 @@ class RunLog:
 
     def __enter__(self) -> Self:
         if self._speaks and sys.stderr.isatty():
+            # On a narrow terminal what stands last is cut.
+            steps, time_left = (Column(min_width=n, no_wrap=True) for n in (6 + 2 * len(f"{self._steps}"), 7))
             self._progress = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
+                TextColumn("step {task.completed}/{task.total}", table_column=steps),
                 BarColumn(bar_width=None),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(table_column=time_left),
                 TextColumn("left"),
+                TextColumn("{task.description}"),
                 console=Console(stderr=True),
             )
             self._task = self._progress.add_task("starting", total=self._steps)
