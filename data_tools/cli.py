@@ -156,6 +156,7 @@ def _tokenize(args: argparse.Namespace) -> int:
 
 def _tokenize_text(args: argparse.Namespace) -> int:
     from data_tools.ingest import Corpus
+    from data_tools.ingest.plan import check_apart
     from data_tools.progress import progress
     from data_tools.tokenize import build_shards, finished_build
 
@@ -173,6 +174,7 @@ def _tokenize_text(args: argparse.Namespace) -> int:
         print(f"{args.to} is already built{change if is_other else ''}\n{stats.summary()}")
         return 0
     corpus = Corpus(args.text, None if args.max_mib is None else int(args.max_mib * 2**20))
+    check_apart(corpus.sources, args.to)
     tokenizer = _tokenizer(args, corpus)
     total = corpus.estimate_bytes()
     with progress("tokenizing") as update:

@@ -13,7 +13,8 @@ if [ -x "$root/.venv/bin/python" ]; then export PATH="$root/.venv/bin:$PATH"; fi
 
 mistake() { echo "local_cpu: $1; see launch/local_cpu.sh --help" >&2; exit 2; }
 
-processes=$(($(nproc) > 1 ? $(nproc) / 2 : 1)) config=
+cores=$(env -u OMP_NUM_THREADS nproc) # which would answer with that variable
+processes=$((cores > 1 ? cores / 2 : 1)) config=
 while [ $# -gt 0 ]; do
     case $1 in
     -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;

@@ -8,8 +8,8 @@ import faulthandler
 import io
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,16 +60,60 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     code = 1  # what Python makes of an error nobody foresaw
+    _open_standard_files()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without our signs shows "?", and no traceback
     try:
-        code = _command(argv)
+        with _lossy_stderr():
+            code = _command(argv)
     except SystemExit as left:  # how argparse leaves
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
         raise
     finally:
         record_exit(code)
     return code
+
+
+def _open_standard_files() -> None:
+    """Those that were closed (`2>&-`, some daemons): else a file of ours took the number, and what C code
+    says of its own would land in it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+class _LossyText(io.TextIOWrapper):
+    """A text file that takes what it can."""
+
+    def write(self, text: str, /) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
+@contextmanager
+def _lossy_stderr() -> Iterator[None]:
+    """Where stderr is for who watches: a terminal or a pipe's reader that leaves does not end the work."""
+    console = sys.stderr
+    if not isinstance(console, io.TextIOWrapper):
+        yield
+        return
+    ours = _LossyText(console.buffer, console.encoding, console.errors, line_buffering=True)
+    try:
+        with redirect_stderr(ours):
+            yield
+    finally:
+        ours.detach()  # or it would close the file with itself
+        try:
+            console.flush()
+        except OSError:  # Python would exit with 120 for what is stuck in there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), console.fileno())
 
 
 def _command(argv: Sequence[str] | None) -> int:
@@ -91,6 +135,10 @@ def _command(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # the reader of our output (head, a pager) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except SystemExit as left:
+        if not isinstance(left.__context__, BrokenPipeError):
+            raise
+        return 0  # rich has done the same, and would exit with 1
     except OSError as error:  # any other may pass with a restart, which exit code 2 would rule out
         if error.errno != errno.ENAMETOOLONG:
             raise
@@ -106,8 +154,7 @@ def _fail(error: MegaliteError) -> int:
     is_own = isinstance(error, (HangError, DataError)) and not error.is_shared
     if rank == "0" or is_own:
         who = f"rank {rank}: " if is_own and "WORLD_SIZE" in os.environ else ""
-        with suppress(OSError):  # the exit code counts, also where nobody listens any more
-            print(f"megalite: {who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"megalite: {who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     return error.exit_code
 
 

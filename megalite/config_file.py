@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,7 +18,7 @@ from megalite.errors import ConfigError, is_unicode
 M = TypeVar("M", bound=BaseModel)
 
 # By pydantic's kind of error: what TOML calls what should have been there.
-_TOML_NAMES = {"tuple_type": "a list", "model_type": "a table", "dict_type": "a table"}
+_TOML_NAMES = {"tuple_type": "be a list", "model_type": "be a table", "dict_type": "be a table"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -33,13 +33,13 @@ def load_toml(root: type[M], path: str | Path, overrides: Sequence[str] = ()) ->
     """
     path = Path(path)
     try:
-        source = path.read_text(encoding="utf-8")
+        source = path.read_text(encoding="utf-8-sig")  # Windows' editors put a byte order mark first
         values = tomllib.loads(source)
     except FileNotFoundError:
         raise ConfigError(f"no config file {path}; configs/ holds examples") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of a number too long, or tables too deep
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     return _build(root, values, overrides, path, source)
 
@@ -115,7 +115,7 @@ def to_toml(config: BaseModel) -> str:
 
 
 def describe_keys(root: type[BaseModel] = Config) -> str:
-    """Every key with its default and meaning, one a line, under the header of its table."""
+    """Every key with its default, meaning and choices, one a line, under the header of its table."""
     lines = []
 
     def walk(section: type[BaseModel], prefix: str) -> None:
@@ -126,7 +126,9 @@ def describe_keys(root: type[BaseModel] = Config) -> str:
                 tables.append((f"{prefix}{key}", field, inner))
                 continue
             default = "required" if field.is_required() else toml_value(field.default)
-            lines.append(f"  {prefix + key:<{width}} {default:<12} {field.description}")
+            choices = ", ".join(map(toml_value, _choices(field.annotation)))
+            among = f"; one of {choices}" if choices else ""
+            lines.append(f"  {prefix + key:<{width}} {default:<12} {field.description}{among}")
         for name, field, inner in tables:
             header = f"[[{name}]]" if get_origin(field.annotation) in (list, tuple) else f"[{name}]"
             lines.append(f"\n{header}  {field.description or (inner.__doc__ or '').splitlines()[0]}")
@@ -134,6 +136,12 @@ def describe_keys(root: type[BaseModel] = Config) -> str:
 
     walk(root, "")
     return "\n".join(lines)
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """The values that a key, or each one in its list, must be one of."""
+    inner = get_args(kind)
+    return inner if get_origin(kind) is Literal else next(filter(None, map(_choices, inner)), ())
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -172,11 +180,11 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
         raise ConfigError(f"override {override!r} is not UTF-8; give text in that encoding")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         if text.lstrip().startswith(("[", "{")):  # most often the shell took the quotes in it
             raise ConfigError(
-                f"override {override!r} is not TOML: {error}; quote the text in it, and the whole for the "
-                """shell, as in 'data.sources=[{path="data/train"}]'"""
+                f"override {_short(override)} is not TOML: {error}; quote the text in it, and the whole for "
+                """the shell, as in 'data.sources=[{path="data/train"}]'"""
             ) from None
         value = text  # an unquoted string, as a shell user writes it
     *parents, leaf = key.split(".")
@@ -204,7 +212,9 @@ def _explain(
         near = difflib.get_close_matches(str(where[-1]), known, n=1)
         elsewhere = difflib.get_close_matches(str(where[-1]), _all_keys(root), n=1, cutoff=0.85)
         if near:
-            hint = f"; did you mean {'.'.join([*map(str, where[:-1]), near[0]])}?"
+            meant = (*where[:-1], near[0])
+            hint = f"; did you mean {'.'.join(map(str, meant))}?"
+            problems = [each for each in problems if (each["type"], each["loc"]) != ("missing", meant)]
         elif elsewhere:
             hint = f"; did you mean {' or '.join(_all_keys(root)[elsewhere[0]])}?"
         else:
@@ -219,12 +229,17 @@ def _explain(
         elif named := re.match(r"\w+\.\w+", text):  # a cross-field check names its first key
             where, key = tuple(named[0].split(".")), named[0]
     else:
-        expected = _TOML_NAMES.get(kind) or first["msg"].removeprefix("Input should be ")
-        text = f"{key}={value!r}: should be {expected} ({_describe(root, where)})"
+        expected = _TOML_NAMES.get(kind) or first["msg"].partition("should ")[2] or first["msg"]
+        text = f"{key}={_short(value)}: should {expected} ({_describe(root, where)})"
     is_overridden = any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for name in overridden)
     place = "command line" if is_overridden else _locate(path, source, where)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{text}{f' ({place})' if place else ''}{more}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _section_type(root: type[BaseModel], where: Iterable[Any]) -> type[BaseModel]:
@@ -251,7 +266,9 @@ def _all_keys(root: type[BaseModel]) -> dict[str, list[str]]:
 
 
 def _describe(root: type[BaseModel], where: tuple[Any, ...]) -> str:
-    field = _section_type(root, where[:-1]).model_fields.get(str(where[-1])) if where else None
+    while where and not isinstance(where[-1], str):
+        where = where[:-1]  # an entry of a list is told of by the list
+    field = _section_type(root, where[:-1]).model_fields.get(where[-1]) if where else None
     return (field.description if field is not None else None) or "a table of settings"
 
 

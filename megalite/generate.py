@@ -95,11 +95,12 @@ def generate(
         raise ConfigError(
             f"the prompt has ids {min(tokens)} to {max(tokens)}; vocab_size={config.vocab_size}"
         )
-    if len(tokens) + max_new_tokens > config.max_seq_len:
+    room = config.max_seq_len - len(tokens)
+    if max_new_tokens > room:
+        fewer = f" or set max_new_tokens to at most {room}" if room > 0 else ""
         raise ConfigError(
             f"{len(tokens)} prompt tokens + max_new_tokens={max_new_tokens} exceed the model's "
-            f"max_seq_len={config.max_seq_len}; shorten the prompt or set max_new_tokens to at most "
-            f"{max(config.max_seq_len - len(tokens), 0)}"
+            f"max_seq_len={config.max_seq_len}; shorten the prompt{fewer}"
         )
     return _generate(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, eos_id)
 

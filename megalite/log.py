@@ -16,6 +16,7 @@ from typing import IO, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from megalite.errors import ConfigError
 
@@ -91,12 +92,14 @@ class RunLog:
 
     def __enter__(self) -> Self:
         if self._speaks and sys.stderr.isatty():
+            # On a narrow terminal what stands last is cut.
+            steps, time_left = (Column(min_width=n, no_wrap=True) for n in (6 + 2 * len(f"{self._steps}"), 7))
             self._progress = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
+                TextColumn("step {task.completed}/{task.total}", table_column=steps),
                 BarColumn(bar_width=None),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(table_column=time_left),
                 TextColumn("left"),
+                TextColumn("{task.description}"),
                 console=Console(stderr=True),
             )
             self._task = self._progress.add_task("starting", total=self._steps)
@@ -126,7 +129,7 @@ class RunLog:
         if self._progress is not None:
             self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self._speaks:
-            _print(text)
+            print(text, file=sys.stderr, flush=True)
 
     def event(self, kind: str, step: int, **details: Any) -> None:
         """A line in the ledger: something a reader of the curves must know."""
@@ -175,9 +178,8 @@ class RunLog:
             self._progress.update(self._task, completed=record["step"], description=state)
         elif record["step"] % self._every == 0 or record["step"] == self._steps or "val_loss" in record:
             left = (self._steps - record["step"]) * record["step_s"]
-            _print(
-                f"step {record['step']}/{self._steps}  {state}  lr {record['lr']:.2e}  {_duration(left)} left"
-            )
+            progress = f"step {record['step']}/{self._steps}  {state}  lr {record['lr']:.2e}"
+            print(f"{progress}  {_duration(left)} left", file=sys.stderr, flush=True)
 
     @contextmanager
     def _alerts(self, path: Path) -> Iterator[None]:
@@ -208,15 +210,6 @@ def _refusals(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; free some space or move run_dir") from None
-
-
-def _print(line: str) -> None:
-    """A line on stderr, or nowhere once nobody reads it: an ssh session that drops must not end the run."""
-    try:
-        print(line, file=sys.stderr, flush=True)
-    except OSError:
-        # What is stuck in the buffer goes there too; else Python would exit with 120 for it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _finite(value: Any) -> Any:

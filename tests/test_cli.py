@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -276,6 +277,54 @@ def test_a_console_that_goes_away_does_not_end_the_run(config: Path, tmp_path: P
     os.close(writing)
     assert done.returncode == 0
     assert len(metrics(tmp_path / "run")) == 6
+
+
+class _Gone(io.RawIOBase):
+    """A terminal or a pipe whose other end has left, or a file on a full disk."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._number == errno.EIO
+
+    def fileno(self) -> int:
+        return os.open(os.devnull, os.O_WRONLY)  # one that the end of a command may do with as it likes
+
+    def write(self, data: Any) -> int:
+        raise OSError(self._number, os.strerror(self._number))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EPIPE, errno.ENOSPC])
+def test_work_goes_on_when_nobody_watches(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A bar, a line while it works, a line of what is wrong: none may end a command, nor change its code."""
+    monkeypatch.setattr(
+        sys, "stderr", io.TextIOWrapper(io.BufferedWriter(_Gone(number)), line_buffering=True)
+    )
+    assert main(["train", str(config), f"run_dir={tmp_path / 'run'}", "log.every_steps=1"]) == 0
+    assert len(metrics(tmp_path / "run")) == 6
+    (tmp_path / "text").write_text("some words to learn from\n" * 100)
+    words = ["--text", str(tmp_path / "text"), "--vocab-size", "270"]
+    assert main(["data", "tokenize", *words, "--to", str(tmp_path / "data")]) == 0
+    assert main(["data", "verify", str(tmp_path / "data")]) == 0
+    assert main(["train", str(config), "train.steps=0"]) == 2
+
+
+def test_standard_files_that_are_closed(config: Path, tmp_path: Path) -> None:
+    """As a daemon's are. What torch says of its own is not to land in the run's first files."""
+    command = f"{sys.executable} -m megalite train {config} run_dir=run <&- >&- 2>&-"
+    assert _run("bash", "-c", command, cwd=tmp_path).returncode == 0
+    assert len(metrics(tmp_path / "run")) == 6
+
+
+def test_a_reader_of_documents_who_has_seen_enough(config: Path, tmp_path: Path) -> None:
+    show = f"{sys.executable} -m megalite data show {config.parent / 'train'} --documents 1000 --tokens 1000"
+    assert _run("bash", "-c", f"set -o pipefail; {show} | head -n1", cwd=tmp_path).returncode == 0
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_tools.recipe import Recipe
 from megalite.config import Config
 from megalite.config.section import divisors
 from megalite.config_file import build_config, changed_keys, describe_keys, load_config, to_toml
 from megalite.errors import ConfigError
 from megalite.model.flops import count_parameters
+from megalite_kernels.linear_cross_entropy import _CHUNK_BYTES
 from tests.trainer.runs import tiny
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -205,7 +207,45 @@ def test_a_missing_or_unreadable_file(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30))
+def test_a_misspelt_key_is_one_mistake(tmp_path: Path) -> None:
+    text = _mistake(tmp_path, TOML.replace("hidden_size", "hiden_size"))
+    assert text.endswith("c.toml:5)")  # not also that the key it was meant for is missing
+    assert _mistake(tmp_path, TOML.replace("hidden_size", "hiden_size"), "train.steps=0").endswith(
+        "(and 1 more)"
+    )
+
+
+def test_a_file_that_an_editor_on_windows_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(TOML, encoding="utf-8-sig", newline="\r\n")
+    assert load_config(path) == _load(tmp_path)
+
+
+def test_toml_that_python_cannot_hold(tmp_path: Path) -> None:
+    """Numbers of thousands of digits, lists within lists: one short line, not a traceback nor all of it."""
+    for value in ("9" * 5000, "[" * 100_000):
+        text = _mistake(tmp_path, f"seed = {value}\n{TOML}")
+        assert "is not valid TOML" in text
+        assert len(_mistake(tmp_path, TOML, f"seed={value}")) < 500
+
+
+def test_a_value_of_the_wrong_shape(tmp_path: Path) -> None:
+    assert "run_dir='': should have at least 1 character (where" in _mistake(tmp_path, TOML, 'run_dir=""')
+    of_skips = "(ranges of global sample indices left out: [[first, after], ...]) (command line)"
+    assert f"data.skip.0.1 is required {of_skips}" in _mistake(tmp_path, TOML, "data.skip=[[0]]")
+    text = _mistake(tmp_path, TOML, "data.skip=[[0, 1, 2]]")
+    assert "data.skip.0=[0, 1, 2]: should have at most 2 items" in text
+    assert of_skips in text
+
+
+def test_a_path_with_a_zero_byte(tmp_path: Path) -> None:
+    """It is no path: pathlib and the system calls raise a ValueError of their own."""
+    text = _mistake(tmp_path, TOML.replace("runs/x", r"runs/\u0000x"))
+    assert f"run_dir: 'runs/\\x00x' has a zero byte, which no path and no text may have ({tmp_path}" in text
+    assert "data.sources.0.path: 'a\\x00'" in _mistake(tmp_path, TOML, r'data.sources=[{path="a\u0000"}]')
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30))
 def test_any_path_survives_a_round_trip(path: str) -> None:
     values = tomllib.loads(TOML) | {"run_dir": path}
     values["data"]["sources"] = [{"path": path}]
@@ -255,6 +295,21 @@ def test_every_key_is_described() -> None:
     assert len({line.index(line.split(maxsplit=1)[1]) for line in rows}) == 1  # long keys keep the columns
     for key in ("model.rope_theta", "mesh.zero_stage", "train.loss_chunk_mib", "log.every_steps"):
         assert key in text
+    of_loss = next(line for line in text.splitlines() if "train.loss_chunk_mib" in line)
+    defaults = (size // 2**20 for size in (_CHUNK_BYTES["cuda"], _CHUNK_BYTES["cpu"]))
+    assert "by default {} on a GPU, on CPU {}".format(*defaults) in of_loss
+
+
+def test_keys_tell_what_a_value_may_be() -> None:
+    rows = {line.split()[0]: line for line in describe_keys().splitlines() if line.startswith("  ")}
+    assert rows["optim.schedule"].endswith('; one of "cosine", "linear", "wsd", "constant"')
+    assert rows["model.rope_scaling.type"].endswith('; one of "linear", "llama3"')
+    assert rows["mesh.zero_stage"].endswith("; one of 0, 1, 2, 3")
+    recipe = describe_keys(Recipe)
+    assert '(zstd-shard); one of "lz4", "zstd", "zstd-shard"' in recipe  # a choice, or none
+    assert (
+        '; one of "long_word", "no_terminal", "few_words", "javascript", "policy"' in recipe
+    )  # a list of some
 
 
 @pytest.mark.parametrize(
@@ -265,6 +320,8 @@ def test_every_key_is_described() -> None:
         "train.steps",
         "train.global_batch_size",
         "train.loss_scale",
+        "train.loss_chunk_mib",
+        "mesh.bucket_mib",
         "resilience.skip_steps",
     ],
 )
@@ -287,6 +344,7 @@ def test_changed_keys_are_dotted() -> None:
             ["model.num_heads=6", "model.num_kv_heads=3", "model.head_dim=6", "mesh.tp=2"],
             ["mesh.tp=2 and model.num_kv_heads=3 must divide one the other", "[1, 3, 6]"],
         ),
+        (["model.vocab_size=2", "mesh.tp=4"], ["mesh.tp=4 exceeds model.vocab_size=2", "[1, 2]"]),
     ],
 )
 def test_tensor_parallelism_that_does_not_divide(overrides: list[str], expected: list[str]) -> None:

@@ -157,7 +157,7 @@ def test_commands(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert main(["generate", str(tmp_path / "out"), "--prompt", "a", "--max-new-tokens", "3"]) == 0
     capsys.readouterr()
     for arguments, message in [
-        (["generate", str(run), "--prompt", "x " * 100], "max_seq_len=96"),
+        (["generate", str(run), "--prompt", "x " * 100], "max_seq_len=96; shorten the prompt\n"),
         (["generate", str(run), "--prompt", ""], "at least one character"),
         (["generate", str(run), "--prompt", "\udcff"], "'\\udcff' is not UTF-8"),
         (["generate", str(tmp_path / "none"), "--prompt", "a"], "no folder"),

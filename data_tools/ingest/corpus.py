@@ -98,7 +98,7 @@ class Corpus:
         for place in self.places:
             if is_path(place) and not Path(place).exists():
                 raise DataError(f"no text at {place}; give {ACCEPTED}")
-        self._sources = [
+        self.sources = [
             source_at(place, _name(place), max_document_bytes=MAX_DOCUMENT_BYTES) for place in self.places
         ]
         self._listings: list[Listing] = []
@@ -106,7 +106,7 @@ class Corpus:
     def __iter__(self) -> Iterator[TextDocument]:
         self.counts = counts = Counts()
         seen: set[bytes] = set()
-        for source, listing in zip(self._sources, self._listed(), strict=True):
+        for source, listing in zip(self.sources, self._listed(), strict=True):
             before = counts.documents + counts.duplicates
             for piece in listing.pieces:
                 for document in _documents(piece, source, counts):
@@ -134,14 +134,14 @@ class Corpus:
     def fingerprints(self) -> list[str]:
         """Of each place, what changes when a file there does, comes or goes."""
         return [
-            listing.fingerprint(source) for source, listing in zip(self._sources, self._listed(), strict=True)
+            listing.fingerprint(source) for source, listing in zip(self.sources, self._listed(), strict=True)
         ]
 
     def _listed(self) -> list[Listing]:
         """The places' files, looked for once."""
         if not self._listings:
-            listings = [list_source(source) for source in self._sources]
-            for source, listing in zip(self._sources, listings, strict=True):
+            listings = [list_source(source) for source in self.sources]
+            for source, listing in zip(self.sources, listings, strict=True):
                 if listing.pieces:
                     check(source, listing)
             self._listings = listings

@@ -111,12 +111,13 @@ class Config(Section):
         names = [
             f"{key if '.' in key else f'model.{key}'}={size}" for key, size in divided.items() if size % tp
         ]
-        if not names:
-            names = [f"model.num_kv_heads={model.num_kv_heads}"]
-            raise ValueError(
-                f"mesh.tp={tp} and {names[0]} must divide one the other; use mesh.tp from {legal}"
-            )
-        raise ValueError(f"mesh.tp={tp} does not divide {' and '.join(names)}; use mesh.tp from {legal}")
+        if names:
+            fault = f"does not divide {' and '.join(names)}"
+        elif tp > model.vocab_size:
+            fault = f"exceeds model.vocab_size={model.vocab_size}"
+        else:
+            fault = f"and model.num_kv_heads={model.num_kv_heads} must divide one the other"
+        raise ValueError(f"mesh.tp={tp} {fault}; use mesh.tp from {legal}")
 
     def _check_pp(self) -> None:
         """A pipeline's stages need layers, and its schedule the right number of chunks.

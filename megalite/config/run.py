@@ -30,7 +30,9 @@ class MeshConfig(Section):
     zero_shard_size: int = Field(
         0, ge=0, description="dp processes that share one model's state, the rest replicate; 0 means all"
     )
-    bucket_mib: float = Field(8.0, gt=0, description="gradient bucket, MiB of fp32; one collective each")
+    bucket_mib: float = Field(
+        8.0, gt=0, lt=2**40, description="gradient bucket, MiB of fp32; one collective each"
+    )
     zero_engine: Literal["native", "deepspeed"] = Field(
         "native", description="who runs ZeRO: megalite, or DeepSpeed (pip install megalite[deepspeed])"
     )
@@ -91,7 +93,8 @@ class TrainConfig(Section):
     loss_chunk_mib: float | None = Field(
         None,
         gt=0,
-        description="MiB of logits that exist at once, over tp; by default 1024 on a GPU, on CPU 32",
+        lt=2**40,
+        description="MiB of logits that exist at once, over tp; by default 1024 on a GPU, on CPU 16",
     )
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition (PaLM: 1e-4)")
     eval_every_steps: int = Field(0, ge=0, description="validate every n steps and at the end; 0 never")

@@ -275,6 +275,14 @@ def test_the_command_line(tmp_path, capsys):
     assert f"{out} is already built\n" in capsys.readouterr().out
 
 
+def test_shards_are_not_written_among_the_text(tmp_path):
+    """They would be text themselves the next time."""
+    (tmp_path / "book.txt").write_text("Some words.\n")
+    with pytest.raises(DataError, match="holds .*data, so that what is written would be read the next time"):
+        megalite("data", "tokenize", "--text", tmp_path, "--to", tmp_path / "data", "--tokenizer", "byte")
+    assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
+
+
 def test_nothing_heavy_is_imported_before_it_is_needed():
     code = (
         "import sys, megalite.data.loader, data_tools.tokenize; assert 'torch' not in sys.modules; "

@@ -72,6 +72,7 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path: Path) -> None:
             "hosts:3: 'b slots=many' is not HOST slots=PROCESSES",
         ),
         (["slurm.sbatch", CONFIG], "slurm: not inside a Slurm job"),
+        (["demo_spike", "--fast"], "demo_spike: unknown option --fast"),
         (["quickstart", "book.txt"], "quickstart: unknown argument book.txt"),
         (["quickstart", "--text"], "--text needs a file or a folder"),
         (["quickstart", "--text", "no/such"], "that is there, not 'no/such'"),
@@ -80,6 +81,30 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path: Path) -> None:
         assert _is_one_line(done, words), (command, done)
     inside = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
     assert _is_one_line(_run("slurm.sbatch", CONFIG, cwd=tmp_path, **inside), "no launch/supervise.py in")
+
+
+def test_what_scripts_install_is_an_extra_that_exists() -> None:
+    """pip warns of another and goes on."""
+    setup = (LAUNCH.parent / "setup.py").read_text()
+    extras = [
+        line.split()[1]
+        for script in ("quickstart", "test", "demo_spike")
+        for line in (LAUNCH / script).read_text().splitlines()
+        if line.startswith("prepare ")
+    ]
+    assert len(extras) == 3
+    assert [extra for extra in extras if f'"{extra}": [' not in setup] == []
+
+
+def test_local_cpu_counts_cores_not_threads(tmp_path: Path) -> None:
+    """`nproc` answers with OMP_NUM_THREADS, which guides tell people to set to 1."""
+    _tool(tmp_path / "tools", "nproc", "echo ${OMP_NUM_THREADS:-8}")
+    path = f"{tmp_path / 'tools'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    batch = ("train.global_batch_size=6", "train.micro_batch_size=1")
+    done = _run("local_cpu.sh", CONFIG, *batch, cwd=tmp_path, PATH=path)
+    assert _is_one_line(done, "is not a multiple of train.micro_batch_size=1 × 4 data-parallel processes"), (
+        done
+    )
 
 
 @pytest.mark.slow
