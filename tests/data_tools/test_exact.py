@@ -112,6 +112,7 @@ def test_what_is_left_is_what_sets_leave(unit: str, normalise: bool) -> None:
     @given(CORPORA)
     @example([["\n\n a\n\n\nb", "a\n\n b"], [], ["x\ny\n\nx\ny", " \n\nx\r\ny \n"]])
     @example([["", "abcdefgh", " ", ""], ["abcdefghi", "ABCDEFGH", "abcdefgh "]])
+    @example([["abcdefg", "abcdefg\x07", "\0"], ["abcdef", "abcdef\0\6", "\0\0", "ab\nx", "ab\n\nx"]])
     def check(parts: list[list[str]]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             choice = ExactSettings(unit=unit, normalise=normalise, min_chars=2)
