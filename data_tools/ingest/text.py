@@ -75,7 +75,7 @@ MACHINE_MADE = (".min.js", ".min.css", ".bundle.js", "_pb2.py", ".pb.go", ".g.da
 
 def language_of(name: str) -> str | None:
     """What a file of source code is written in, None if it is none, or made by a machine."""
-    base = name.rpartition("/")[2].lower()
+    base = name.rpartition("/")[2].lower().removesuffix(".gz").removesuffix(".zst")
     if base.endswith(MACHINE_MADE):
         return None
     return _BY_NAME.get(base) or _BY_SUFFIX.get(Path(base).suffix)
