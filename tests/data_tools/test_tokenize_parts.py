@@ -16,7 +16,7 @@ from data_tools import encoding, pieces, tokenize_parts, verify
 from data_tools.bpe import Encoded
 from data_tools.bpe.encoder import BpeEncoder
 from data_tools.documents import SCHEMA
-from data_tools.hold_out import place
+from data_tools.hold_out import exceptions, place
 from data_tools.mix.groups import read_groups
 from data_tools.pieces import unigram_entropy
 from data_tools.step import read_report
@@ -154,6 +154,20 @@ def test_a_family_is_on_one_side_whatever_bucket_its_documents_are_in(tmp_path, 
     }
     sides = {(group.partition(".")[0], name.removesuffix(ends[1]), kind) for group, kind, name in found}
     assert len(sides) == 5 * 40
+
+
+def test_a_bucket_keeps_what_it_trains_on_though_another_holds_that_family_out():
+    def found(*families):
+        nearest, farthest = (list(end(families)) for end in (min, max))
+        return {"source": "s", "documents": 9, "held": 0, "nearest": nearest, "farthest": farthest}
+
+    near, far = (0.3, "near"), (0.9, "far")
+    surveys = [{"s.q0": found(near, far), "s.q1": found(near)}, {"s.q2": found((0.2, "new"), near)}]
+    assert exceptions(surveys) == {
+        "s.q0": {"near": True, "new": True},
+        "s.q1": {"new": True},
+        "s.q2": {"new": True},
+    }
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
