@@ -127,6 +127,19 @@ def test_everything_is_read_or_accounted_for(tmp_path: Path, mixed: list[dict[st
         ingest(out, *mixed)
 
 
+def test_a_file_of_another_size_or_time_is_another_input(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    source = SourceSettings(name="s", path=str(path))
+
+    def told(text: str, time: int) -> str:
+        path.write_text(text)
+        os.utime(path, ns=(time, time))
+        return list_source(source).fingerprint(source)
+
+    assert told("one", 5) == told("two", 5)
+    assert len({told("one", 5), told("one", 6), told("three", 5)}) == 3
+
+
 def test_a_batch_is_bounded_by_its_meta_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "BATCH_BYTES", 500)
     row = {"text": "x", "page": "p" * 200}
