@@ -156,6 +156,24 @@ def test_a_family_is_on_one_side_whatever_bucket_its_documents_are_in(tmp_path, 
     assert len(sides) == 5 * 40
 
 
+def test_neighbouring_parts_are_one_task_as_long_as_they_are_small(monkeypatch):
+    monkeypatch.setattr(tokenize_parts, "SMALL_TASK_BYTES", 8 << 20)
+    paths = [Path(str(number)) for number in range(10)]
+    small = tokenize_parts._plan(paths, [3 << 20] * 10)
+    assert [(name, [path.name for path in some]) for name, some, _ in small[:2]] == [
+        ("piece-00000", ["0", "1"]),
+        ("piece-00001", ["2", "3"]),
+    ]
+    assert [size for _, _, size in small] == [6 << 20] * 5
+    large = tokenize_parts._plan(paths, [100 << 20] * 9 + [300 << 20])
+    assert [len(some) for _, some, _ in large] == [1] * 10
+
+
+def test_a_held_out_token_that_training_has_not_is_as_one_seen_once():
+    found = unigram_entropy(np.array([3, 0, 1]), np.array([2, 1, 0]))
+    assert found == pytest.approx(-(2 * np.log(4 / 7) + np.log(1 / 7)) / 3)
+
+
 def test_a_bucket_keeps_what_it_trains_on_though_another_holds_that_family_out():
     def found(*families):
         nearest, farthest = (list(end(families)) for end in (min, max))
