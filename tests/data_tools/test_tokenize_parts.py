@@ -16,10 +16,10 @@ from data_tools import encoding, pieces, tokenize_parts, verify
 from data_tools.bpe import Encoded
 from data_tools.bpe.encoder import BpeEncoder
 from data_tools.documents import SCHEMA
-from data_tools.hold_out import exceptions, place
+from data_tools.hold_out import Split, exceptions, place
 from data_tools.mix.groups import read_groups
 from data_tools.pieces import unigram_entropy
-from data_tools.step import read_report
+from data_tools.step import read_report, step_parts
 from data_tools.tokenize_parts import TokenizeSettings, run
 from megalite.data.shards import Dataset
 from megalite.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
@@ -167,6 +167,17 @@ def test_neighbouring_parts_are_one_task_as_long_as_they_are_small(monkeypatch):
     assert [size for _, _, size in small] == [6 << 20] * 5
     large = tokenize_parts._plan(paths, [100 << 20] * 9 + [300 << 20])
     assert [len(some) for _, some, _ in large] == [1] * 10
+
+
+def test_a_sample_is_as_large_as_wanted_though_few_parts_are_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_parts, "SCAN", 1)
+    rows = [[(f"{part}-{n}", "s", f"{part}" * 100) for n in range(20)] for part in range(8)]
+    parts = step_parts(write_step(tmp_path / "in", rows))
+    found = list(tokenize_parts._sample(parts, [2000] * 8, Split(1e-9, {"s": {}}), 4000))
+    assert found == ["0" * 100] * 20 + ["4" * 100] * 20
+    # Of a few huge documents none may be chosen; then it is the first that is not held out.
+    few = list(tokenize_parts._sample(parts, [10**9] * 8, Split(1e-9, {"s": {"0-0": True}}), 1))
+    assert few == ["0" * 100]
 
 
 def test_a_held_out_token_that_training_has_not_is_as_one_seen_once():
