@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.ingest.found import HEAD_BYTES, Document, Found, Reason, SetAside
-from data_tools.ingest.jsonl import BOM
 from data_tools.ingest.settings import SourceSettings
 from data_tools.ingest.unpack import BUFFER_BYTES, BrokenStreamError, open_bytes
 
@@ -148,11 +147,10 @@ def without_front_matter(text: str) -> str:
 def _read_pieces(stream: io.BufferedReader, name: str, source: SourceSettings) -> Iterator[Found]:
     """Pieces that end at a line's end where there is one near, and never within a character."""
     size = source.piece_bytes or BUFFER_BYTES
-    decoder = codecs.getincrementaldecoder("utf-8")(source.encoding_errors)
+    decoder = codecs.getincrementaldecoder("utf-8-sig")(source.encoding_errors)
     number = at = 0
-    while data := stream.read(size):
-        data += stream.readline(size)
-        piece = data.removeprefix(BOM) if at == 0 else data
+    while piece := stream.read(size):
+        piece += stream.readline(size)
         is_last = not stream.peek(1)
         try:
             text = decoder.decode(piece, is_last)
@@ -170,4 +168,4 @@ def _read_pieces(stream: io.BufferedReader, name: str, source: SourceSettings) -
         elif text:
             yield SetAside(place, Reason.EMPTY, piece[:HEAD_BYTES], len(piece))
         number += 1
-        at += len(data)
+        at += len(piece)

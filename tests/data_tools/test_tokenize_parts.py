@@ -15,14 +15,14 @@ from pydantic import ValidationError
 from data_tools import encoding, pieces, tokenize_parts, verify
 from data_tools.bpe import Encoded
 from data_tools.bpe.encoder import BpeEncoder
-from data_tools.documents import SCHEMA
+from data_tools.documents import SCHEMA, texts
 from data_tools.hold_out import Split, exceptions, place
 from data_tools.mix.groups import read_groups
 from data_tools.pieces import unigram_entropy
 from data_tools.step import read_report, step_parts
 from data_tools.tokenize_parts import TokenizeSettings, run
 from megalite.data.shards import Dataset
-from megalite.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
+from megalite.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
 from megalite.errors import DataError
 
 from .corpora import crew, files_of, rows_of, write_rows, write_step
@@ -178,6 +178,16 @@ def test_a_sample_is_as_large_as_wanted_though_few_parts_are_looked_at(tmp_path,
     # Of a few huge documents none may be chosen; then it is the first that is not held out.
     few = list(tokenize_parts._sample(parts, [10**9] * 8, Split(1e-9, {"s": {"0-0": True}}), 1))
     assert few == ["0" * 100]
+
+
+def test_the_check_of_a_long_document_ends_between_characters(monkeypatch):
+    monkeypatch.setattr(encoding, "CHECK_BYTES", 8)
+    encoder = encoding.build_encoder(ByteTokenizer(), encoding.BYTES)
+    check = encoding.SampleCheck(ByteTokenizer(), encoder, encoding.COMPILED)
+    column = texts(pa.array(["a" + "é" * 9]))
+    assert check.look(column, encoder.encode(column)) == []
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: np.zeros(7, np.int64))
+    assert check.look(column, encoder.encode(column)) == [0]
 
 
 def test_a_held_out_token_that_training_has_not_is_as_one_seen_once():
