@@ -117,6 +117,30 @@ def test_hits_are_told_by_file_and_item(tmp_path: Path) -> None:
     ]
 
 
+def test_files_are_told_apart_and_their_texts_make_the_step_not_their_places(tmp_path: Path) -> None:
+    source = write_step(tmp_path / "in", [[("a", "s", " ".join(ITEM)), ("b", "s", "other")]])
+
+    def hits(place: str, second: str) -> dict[str, Any]:
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "one.txt").write_text("an item that hits nothing at all here\n\nshort")
+        (tmp_path / place / "two.txt").write_text(f"never seen\n\n{second}")
+        files = [{"path": str(tmp_path / place / f"{name}.txt")} for name in ("one", "two")]
+        with crew(tmp_path / "out") as hands:
+            run(DecontaminateSettings(files=files), source, tmp_path / "out", hands, renew=True)
+        told = read_report(tmp_path / "out")["evaluation"]
+        return {name: told[name]["documents_hit_by"] for name in ("one.txt", "two.txt")}
+
+    def made() -> int:
+        return (tmp_path / "out/report.json").stat().st_mtime_ns
+
+    assert hits("here", " ".join(ITEM)) == {"one.txt": {}, "two.txt": {"paragraph 2": 1}}
+    before = made()
+    assert hits("there", " ".join(ITEM)) == {"one.txt": {}, "two.txt": {"paragraph 2": 1}}
+    assert made() == before
+    assert hits("other", "something else that no document of these has") == {"one.txt": {}, "two.txt": {}}
+    assert made() != before
+
+
 def test_what_many_items_share_is_told_of_each(tmp_path: Path) -> None:
     shared = " ".join(ITEM[:14])
     items = [f"{shared} {number}" for number in range(300)] + [" ".join(ITEM[2:])]
