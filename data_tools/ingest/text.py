@@ -147,13 +147,16 @@ def without_front_matter(text: str) -> str:
 def _read_pieces(stream: io.BufferedReader, name: str, source: SourceSettings) -> Iterator[Found]:
     """Pieces that end at a line's end where there is one near, and never within a character."""
     size = source.piece_bytes or BUFFER_BYTES
-    decoder = codecs.getincrementaldecoder("utf-8-sig")(source.encoding_errors)
+    decoder = codecs.getincrementaldecoder("utf-8")(source.encoding_errors)
     number = at = 0
+    mark = "\ufeff"  # of byte order, until something was read
     while piece := stream.read(size):
         piece += stream.readline(size)
         is_last = not stream.peek(1)
         try:
             text = decoder.decode(piece, is_last)
+            if text:
+                text, mark = text.removeprefix(mark), ""
         except UnicodeDecodeError as error:
             reason = Reason.STOPS if number else Reason.NOT_UTF8
             yield SetAside(f"{name}@{at}", reason, piece[:HEAD_BYTES], len(piece), error.reason)

@@ -305,3 +305,5 @@ def test_pieces_of_a_text_are_the_text(tmp_path: Path, text: str, size: int) -> 
     *_, last = read_text(path, "a.txt", source)
     assert isinstance(last, SetAside)
     assert last.reason in (Reason.STOPS, Reason.NOT_UTF8)
+    path.write_bytes(BOM[:2])
+    assert aside(list(read_text(path, "a.txt", source))) == [("a.txt@0", Reason.NOT_UTF8)]
