@@ -161,6 +161,19 @@ def test_a_part_is_cut_out_and_the_rest_stays(tmp_path: Path) -> None:
     assert flow.sources["s"]["dropped"]["too few words left"]["documents"] == 1
 
 
+@pytest.mark.parametrize(("least", "number"), [(12, 2), (13, 1)])
+def test_the_share_let_pass_and_the_words_left_are_bounds_that_hold(
+    tmp_path: Path, least: int, number: int
+) -> None:
+    half = " ".join([*ITEM[:13], *(f"x{n}" for n in range(13))])
+    rest = " ".join(f"y{n}" for n in range(12))
+    more = f"{' '.join(ITEM[:13])} {rest}"
+    choice = {"mode": "cut", "max_overlap": 0.5, "min_words_left": least}
+    flow = clean([[half, more]], [" ".join(ITEM)], tmp_path, **choice)
+    assert texts_of(tmp_path / "out") == [half, rest][:number]
+    assert flow.counters["documents with hits that were let pass"] == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "fields", "message"),
     [
