@@ -69,6 +69,9 @@ def build(recipe: Recipe, crew: Crew, until: str | None = None) -> Path:
         if step.name in CHECKS:
             CHECKS[step.name](step.settings)
     page = Path(recipe.out) / REPORT_PAGE
+    if crew.is_first:
+        for path in page.parent.glob(f"{REPORT_PAGE}.*.tmp"):  # of kills
+            path.unlink(missing_ok=True)
     for number, step in enumerate(steps, 1):
         _, run = find_step(step.name)
         flow = run(step.settings, *step.sources, step.folder, crew, renew=True)

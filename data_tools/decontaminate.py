@@ -38,7 +38,7 @@ from megalite.config.section import Section
 from megalite.errors import DataError
 
 KIND = "decontaminate"
-VERSION = 1
+VERSION = 2
 CONTAMINATED, SHORT = "contaminated", "too few words left"
 HITS = "hits"
 FILTER_BITS = 16  # of the filter before the search, for each n-gram: 6 % of other windows pass it

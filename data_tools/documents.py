@@ -1,7 +1,7 @@
 """Parts: the Parquet files that steps hand to each other, written whole or not at all, read in batches.
 
 A part holds documents, one a row. Every step keeps the columns it does not know. A row group holds about
-GROUP_BYTES of text, which bounds the memory of every step, and each page carries a checksum.
+GROUP_BYTES of text and meta, which bounds the memory of every step, and each page carries a checksum.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
 class PartWriter:
     """Write a part; it appears under its name, durable, when the `with` block ends without an exception.
 
-    Batches of any size are joined and cut to row groups of about GROUP_BYTES of text. The same rows give the
-    same file, however they are cut into batches. A part without a row is a file all the same.
+    Batches of any size are joined and cut to row groups of about GROUP_BYTES. The same rows give the same
+    file, however they are cut into batches. A part without a row is a file all the same.
 
     Raises:  DataError if the disk refuses
     """
@@ -204,7 +204,7 @@ class PartWriter:
     def write(self, batch: pa.RecordBatch) -> None:
         """Append rows; columns in any order, all of the schema's."""
         batch = batch.select(self._schema.names)
-        sizes = texts(batch.column("text")).sizes
+        sizes = texts(batch.column("text")).sizes + texts(batch.column("meta")).sizes
         start = 0
         while start < batch.num_rows:
             # The rows that still fit, and at least one into an empty group.

@@ -152,7 +152,7 @@ def _is_card(digits: bytes) -> bool:
         or (size == 14 and (two in (36, 38) or 3000 <= four <= 3059))
         or (16 <= size <= 19 and two == 62)
     )
-    if not issued or len(set(digits)) == 1:
+    if not issued:  # of equal digits alone none passes the check below
         return False
     odd = sum(digits[-1::-2]) - 48 * len(digits[-1::-2])
     even = sum((2 * (digit - 48)) // 10 + (2 * (digit - 48)) % 10 for digit in digits[-2::-2])

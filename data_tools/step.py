@@ -155,7 +155,7 @@ class Step:
             print(f"{self.kind}: made again, was made with {told}", file=sys.stderr, flush=True)
         with disk_errors(self.folder):
             if found is not None:
-                _remove(self.folder)
+                _remove(self.folder, found)
             self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {**self._head, "fingerprint": self.fingerprint})
 
@@ -241,14 +241,11 @@ def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _remove(folder: Path) -> None:
-    """Empty a step's folder, `step.json` last, so that a killed removal is taken up again."""
-    for name in (REPORT_FILE, "done", PARTS):
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def _remove(folder: Path, head: dict[str, Any]) -> None:
+    """Empty a step's folder but for `step.json`, in which it is no longer any step's from the first moment: a
+    removal that is killed is taken up again whatever is wanted then, be it what had been there."""
+    write_json(folder / STEP_FILE, {**head, "fingerprint": ""})
+    (folder / REPORT_FILE).unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.name != STEP_FILE:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from data_tools.hold_out import hold_out, place, unigram_entropy
 from data_tools.ingest import TextDocument
 from data_tools.ingest.stdlib import family_of
-from megalite.data.folder import disk_errors
+from megalite.data.folder import LocalFolder, disk_errors
+from megalite.data.manifest import load_manifest
 from megalite.data.staging import clear_leftovers, commit_folder
 from megalite.data.tokenizer import Tokenizer
 from megalite.data.writer import ShardWriter
@@ -118,7 +119,8 @@ def build_shards(
 def finished_build(out: str | Path, recipe: dict[str, Any]) -> BuildStats | None:
     """The statistics of a build that is already there, None if there is none.
 
-    Raises:  DataError if it was built from another recipe, or its stats.json is damaged
+    Raises:  DataError if it was built from another recipe, its stats.json is damaged, or a dataset of it is
+    gone or in a format of another version
     """
     path = Path(out) / STATS_FILE
     if not path.exists():
@@ -135,6 +137,8 @@ def finished_build(out: str | Path, recipe: dict[str, Any]) -> BuildStats | None
                 f"{out} was built with {key}={stats.recipe.get(key)!r}, not {wanted!r}; "
                 "name another folder or remove it first"
             )
+    for name in ("train", "valid"):
+        load_manifest(LocalFolder(Path(out) / name))
     return stats
 
 

@@ -40,7 +40,7 @@ from data_tools.step import Step, part_tasks, read_report, step_parts
 from megalite.config.section import Section
 
 KIND = "exact-dedup"
-VERSION = 1
+VERSION = 2
 BYTES_A_LINE = 32  # of text at least, taken over a corpus: for the number of buckets, not for correctness
 EMPTY = "nothing left"
 

@@ -52,7 +52,7 @@ from data_tools.step import Step, part_tasks, read_report, step_parts, step_sche
 from megalite.config.section import Section
 
 KIND = "near-dedup"
-VERSION = 1
+VERSION = 2
 REASON = "near duplicate"
 _AT_ONCE = 1 << 20  # rows written, for what is held beside them
 _HEAD = 4  # words before a set: the document's address, bytes, rank as float64 bits, and the set's size

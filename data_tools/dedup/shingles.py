@@ -28,6 +28,7 @@ _SEVEN, _BYTE, _SEVEN_BYTES, _WORD_BITS = np.uint64(7), np.uint64(8), np.uint64(
 _LOW_BYTE, _LOW_BITS = np.uint64(0xFF), np.uint64(0x7F7F7F7F7F7F7F7F)
 _TOP_BITS = np.uint64(0x8080808080808080)
 _PLACES = np.uint64(0x0001020304050607)  # times 2⁸ⁿ its highest byte is n
+_OTHER = np.uint64(1 << 63)  # of a letter hashed by itself: some ASCII letters together are as large a number
 _DIVIDES, _NOT_ASCII = 0, 255  # of a byte in place of a letter
 # Odd, and of both signs in their low bits, so that differences do not die out at the low end of a sum.
 BASES = (np.uint64(0x8CB92BA72F3D8DD7), np.uint64(0xA24BAED4963EE407))
@@ -207,7 +208,7 @@ def _any_word(
             break
         if held != _ONE:
             value, held = _absorbed(value, held), _ONE
-        value = _absorbed(value, np.uint64(lower[point]))
+        value = _absorbed(value, np.uint64(lower[point]) | _OTHER)
         at += width
     if held != _ONE:
         value = _absorbed(value, held)

@@ -53,7 +53,7 @@ from data_tools.step import Step, part_tasks, read_report, step_parts
 from megalite.config.section import Section
 
 KIND = "span-dedup"
-VERSION = 1
+VERSION = 2
 BYTES_A_WORD = 6  # of text, about, taken over a corpus: for the number of buckets, not for correctness
 SHORT, REPEATED = "too few words left", "repeated spans"
 

@@ -122,7 +122,8 @@ def _hash(
     for unit in range(len(spans)):
         at, end = spans[unit, 2], spans[unit, 3]
         first, second = _SEEDS
-        length = 0
+        # It tells apart texts of which one only has zeros at its end, as the last eight bytes are filled up.
+        length = 0 if normalise else end - at
         is_space = False
         while at < end:
             if normalise:
@@ -133,6 +134,7 @@ def _hash(
                     continue
                 letters = np.uint64(lower[point]) | (_SPACE_BEFORE if is_space else np.uint64(0))
                 is_space = False
+                length += 1
             else:
                 letters = np.uint64(0)
                 if at + 8 <= end:
@@ -142,9 +144,7 @@ def _hash(
                 else:
                     for byte in range(end - at):
                         letters |= np.uint64(data[at + byte]) << np.uint64(8 * byte)
-                    letters ^= np.uint64(end - at) << np.uint64(56)
                     at = end
-            length += 1
             first = (first ^ letters) * _FACTORS[0]
             first ^= first >> np.uint64(32)
             second = (second ^ letters) * _FACTORS[1]

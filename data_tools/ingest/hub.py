@@ -12,8 +12,9 @@ PREFIX = "hf:"
 _SPLIT = re.compile(r"\w+(\.\w+)*")
 
 
-def hub_files(source: SourceSettings) -> list[tuple[Path, str]]:
-    """The files of `hf:NAME[:CONFIG][:SPLIT]` with their names, downloaded if they are not here yet.
+def hub_files(source: SourceSettings) -> tuple[list[tuple[Path, str]], str]:
+    """The files of `hf:NAME[:CONFIG][:SPLIT]` with their names, downloaded if they are not here yet; and the
+    dataset's revision, after which the package names the folder that they are kept in.
 
     CONFIG may be empty, and is the dataset's default then; SPLIT is train if not given.
 
@@ -41,4 +42,5 @@ def hub_files(source: SourceSettings) -> list[tuple[Path, str]]:
             f"{' '.join(str(error).split())[:500]}"
         ) from None
     paths = [Path(file["filename"]) for file in dataset.cache_files]
-    return [(path, f"{split}-{number:05d}") for number, path in enumerate(paths)]
+    revisions = sorted({path.parent.name for path in paths})
+    return [(path, f"{split}-{number:05d}") for number, path in enumerate(paths)], ", ".join(revisions)

@@ -55,10 +55,11 @@ class Piece(NamedTuple):
 
 @dataclass
 class Listing:
-    """A source's files in order, and how many were passed over, by kind."""
+    """A source's files in order, how many were passed over, by kind, and the revision of a hub's dataset."""
 
     pieces: list[Piece] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
+    revision: str = ""
 
     def fingerprint(self, source: SourceSettings) -> str:
         """What changes when a file does, comes or goes, or what reads pages; free of machine paths."""
@@ -68,7 +69,8 @@ class Listing:
         size = sum(piece.size for piece in self.pieces)
         made_with = f", {extractor_version(source)}" if self.has_pages else ""
         told = f"{len(self.pieces)} files, {size} bytes, sha256 {digest.hexdigest()[:32]}"
-        return f"{source.name}: {told}{made_with}"
+        revision = f", revision {self.revision}" if self.revision else ""
+        return f"{source.name}: {told}{revision}{made_with}"
 
     @property
     def has_pages(self) -> bool:
@@ -90,8 +92,9 @@ def list_source(source: SourceSettings) -> Listing:
     if source.path == STDLIB:
         return _list_stdlib()
     if source.path.startswith(PREFIX):
-        files = hub_files(source)
-        return Listing([Piece(path, name, "table", path.stat().st_size) for path, name in files])
+        files, revision = hub_files(source)
+        pieces = [Piece(path, name, "table", path.stat().st_size) for path, name in files]
+        return Listing(pieces, revision=revision)
     root = Path(source.path)
     if not root.exists():
         raise DataError(f"source {source.name!r}: nothing at {source.path}")

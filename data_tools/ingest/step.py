@@ -109,15 +109,17 @@ def _batches(
 ) -> Iterator[pa.RecordBatch]:
     """The pieces' documents by the MiB."""
     documents: list[Document] = []
+    metas: list[str | None] = []
     size = 0
     for piece in pieces:
         for found in read_piece(piece, source):
             if isinstance(found, Document):
                 documents.append(found)
-                size += len(found.text)
+                metas.append(_meta(source, found, flow))
+                size += len(found.text) + len(metas[-1] or "")
                 if size >= BATCH_BYTES or len(documents) == BATCH_ROWS:
-                    yield _batch(source, documents, flow)
-                    documents, size = [], 0
+                    yield _batch(source, documents, metas, flow)
+                    documents, metas, size = [], [], 0
             elif isinstance(found, SetAside):
                 flow.drop(
                     source.name, str(found.reason), found.size, found.place, head_text(found), found.why
@@ -126,26 +128,29 @@ def _batches(
             elif isinstance(found, Note):
                 flow.count(found.what, found.number)
     if documents:
-        yield _batch(source, documents, flow)
+        yield _batch(source, documents, metas, flow)
 
 
-def _batch(source: SourceSettings, documents: list[Document], flow: Flow) -> pa.RecordBatch:
+def _meta(source: SourceSettings, document: Document, flow: Flow) -> str | None:
+    if document.meta is None:
+        return None
+    text, left_out = meta_json(document.meta, source.max_meta_bytes)
+    if left_out:
+        flow.count("meta fields left out over max_meta_bytes", left_out)
+    return text
+
+
+def _batch(
+    source: SourceSettings, documents: list[Document], metas: list[str | None], flow: Flow
+) -> pa.RecordBatch:
     offsets = np.zeros(len(documents) + 1, dtype=np.int64)
     np.cumsum([len(document.text) for document in documents], out=offsets[1:])
-    meta: list[str | None] = []
-    for document in documents:
-        text, left_out = (
-            meta_json(document.meta, source.max_meta_bytes) if document.meta is not None else (None, 0)
-        )
-        meta.append(text)
-        if left_out:
-            flow.count("meta fields left out over max_meta_bytes", left_out)
     batch = pa.RecordBatch.from_arrays(
         [
             pa.array([document.doc_id for document in documents], pa.string()),
             pa.repeat(source.name, len(documents)).cast(pa.string()),
             text_column(np.frombuffer(b"".join(document.text for document in documents), np.uint8), offsets),
-            pa.array(meta, pa.string()),
+            pa.array(metas, pa.string()),
         ],
         schema=SCHEMA,
     )

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.ingest.found import HEAD_BYTES, Document, Found, Reason, SetAside
-from data_tools.ingest.jsonl import BOM
 from data_tools.ingest.settings import SourceSettings
 from data_tools.ingest.unpack import BUFFER_BYTES, BrokenStreamError, open_bytes
 
@@ -75,7 +74,7 @@ MACHINE_MADE = (".min.js", ".min.css", ".bundle.js", "_pb2.py", ".pb.go", ".g.da
 
 def language_of(name: str) -> str | None:
     """What a file of source code is written in, None if it is none, or made by a machine."""
-    base = name.rpartition("/")[2].lower()
+    base = name.rpartition("/")[2].lower().removesuffix(".gz").removesuffix(".zst")
     if base.endswith(MACHINE_MADE):
         return None
     return _BY_NAME.get(base) or _BY_SUFFIX.get(Path(base).suffix)
@@ -150,12 +149,14 @@ def _read_pieces(stream: io.BufferedReader, name: str, source: SourceSettings) -
     size = source.piece_bytes or BUFFER_BYTES
     decoder = codecs.getincrementaldecoder("utf-8")(source.encoding_errors)
     number = at = 0
-    while data := stream.read(size):
-        data += stream.readline(size)
-        piece = data.removeprefix(BOM) if at == 0 else data
+    mark = "\ufeff"  # of byte order, until something was read
+    while piece := stream.read(size):
+        piece += stream.readline(size)
         is_last = not stream.peek(1)
         try:
             text = decoder.decode(piece, is_last)
+            if text:
+                text, mark = text.removeprefix(mark), ""
         except UnicodeDecodeError as error:
             reason = Reason.STOPS if number else Reason.NOT_UTF8
             yield SetAside(f"{name}@{at}", reason, piece[:HEAD_BYTES], len(piece), error.reason)
@@ -170,4 +171,4 @@ def _read_pieces(stream: io.BufferedReader, name: str, source: SourceSettings) -
         elif text:
             yield SetAside(place, Reason.EMPTY, piece[:HEAD_BYTES], len(piece))
         number += 1
-        at += len(data)
+        at += len(piece)

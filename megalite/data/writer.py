@@ -287,7 +287,8 @@ def join_datasets(parts: Sequence[str | Path], folder: str | Path) -> None:
     """Make one dataset of several on the same file system, in the order given, and remove the parts.
 
     So several processes write one dataset: each its own part, a fixed share of the documents. No
-    token is read or copied; files get new names by hard links. A killed call can be repeated.
+    token is read or copied; files get new names by hard links. A call that was killed before `folder` was
+    there can be repeated.
 
     Raises:  DataError if `folder` is already there, the parts differ in tokenizer, compression or
              loss mask, or the disk refuses

@@ -6,7 +6,7 @@ import base64
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megalite.data.byte_level import CL100K, ENCODINGS, GPT2, O200K, Encoding, byte_letters, from_ranks
@@ -71,6 +71,7 @@ def test_ids_are_those_of_tiktoken(tmp_path, ranks, pattern):
     st.lists(st.text("ab", min_size=2, max_size=6), max_size=12, unique=True),
     st.lists(st.text("abc ", max_size=30), max_size=6),
 )
+@example(["aa", "aaa"], ["aaac"])  # of equal pairs the first is merged
 def test_ranks_in_any_order_even_those_no_training_gives(tokens, texts):
     ranks = bytes_and(*(token.encode() for token in tokens))
     ours = JsonTokenizer(from_ranks(lines(ranks), "gpt2", "ranks"))
@@ -89,6 +90,8 @@ def test_a_published_encoding_is_known_by_its_ranks_and_keeps_its_special_tokens
     assert {token["content"]: token["id"] for token in table["added_tokens"]} == special
     made = JsonTokenizer(json.dumps(table))
     assert (made.vocab_size, made.eos_id, made.encode("ab").tolist()) == (301, 258, [256])
+    behind = JsonTokenizer(from_ranks([*ranks[:-1], b"YWI= 300"], "gpt2", "ranks"))
+    assert (behind.vocab_size, behind.eos_id) == (302, 301)  # own ranks may have gaps
     with pytest.raises(DataError, match="rank 258 belongs to a special token of tiny"):
         from_ranks([*ranks[:-1], b"YWI= 258"], "tiny", "ranks")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import zstandard
 from data_tools.ingest import STDLIB, Corpus, TextDocument, corpus
 from data_tools.ingest.stdlib import docstrings
 from data_tools.tokenize import build_shards, finished_build, hold_out, sample_texts
+from megalite.data.manifest import VERSION
 from megalite.data.shards import Dataset
 from megalite.data.tokenizer import ByteTokenizer, load_tokenizer
 from megalite.errors import DataError
@@ -209,6 +211,13 @@ def test_build(tmp_path, compression):
         build_shards(many, ByteTokenizer(), tmp_path / "out")
     with pytest.raises(DataError, match=r"was built with text=\['made'\], not \['other'\]"):
         finished_build(tmp_path / "out", {"text": ["other"]})
+    manifest = tmp_path / "out" / "valid" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(f'"version": {VERSION}', '"version": 2'))
+    with pytest.raises(DataError, match=r"valid.*version is 2; this megalite reads .* build it again"):
+        finished_build(tmp_path / "out", recipe)
+    shutil.rmtree(tmp_path / "out" / "train")
+    with pytest.raises(DataError, match=r"train"):
+        finished_build(tmp_path / "out", recipe)
     (tmp_path / "out" / "stats.json").write_text("[]")
     with pytest.raises(DataError, match="is damaged"):
         finished_build(tmp_path / "out", recipe)

@@ -58,6 +58,16 @@ def test_streamed_text_is_the_text(bpe, text):
             assert not any("\ufffd" in part for part in parts)
 
 
+def test_a_stream_begins_only_once():
+    package = pytest.importorskip("tokenizers")
+    inner = package.Tokenizer(package.models.WordLevel({"▁a": 0, "▁b": 1, "</s>": 2}, unk_token="</s>"))
+    inner.decoder = package.decoders.Metaspace()  # it drops the space of a text's first token
+    tokenizer = JsonTokenizer(inner.to_str())
+    stream = DecodeStream(tokenizer)
+    assert [stream.feed(token) for token in (0, 1, 0)] == ["a", " b", " a"]
+    assert tokenizer.decode([0, 1, 0]) == "a b a"
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 256), max_size=40))
 def test_stream_of_garbage_keeps_up(ids):

@@ -15,7 +15,7 @@ import pytest
 
 from megalite.data import manifest as manifest_module
 from megalite.data import staging
-from megalite.data.manifest import COMPRESSIONS
+from megalite.data.manifest import COMPRESSIONS, DOCUMENTS
 from megalite.data.shards import Dataset
 from megalite.data.tokenizer import ByteTokenizer
 from megalite.data.writer import ShardWriter, join_datasets
@@ -38,6 +38,12 @@ def feed(writer: ShardWriter, documents: list[np.ndarray], stop: int | None = No
 
 def empty_or_random() -> list[np.ndarray]:
     return [random_documents([n], seed=n)[0] if n else np.empty(0, dtype=np.int64) for n in LENGTHS]
+
+
+def test_a_record_batch_holds_so_many_documents_at_most(tmp_path, monkeypatch):
+    monkeypatch.setattr("megalite.data.writer.BATCH_DOCUMENTS", 4)
+    dataset = write(tmp_path / "d", random_documents([1] * 9))
+    assert dataset.manifest.shards[0].batches[:, DOCUMENTS].tolist() == [4, 4, 1]
 
 
 def test_what_is_refused(tmp_path):

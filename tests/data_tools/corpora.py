@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow as pa
 
+from data_tools import documents
 from data_tools.crew import Crew, Place
 from data_tools.documents import SCHEMA, PartWriter, part_name, read_part
 from data_tools.flow import Flow
@@ -26,13 +28,19 @@ def write_step(folder: Path, parts: Sequence[Sequence[tuple[str, str, str]]]) ->
 
 
 def write_rows(folder: Path, parts: Sequence[Sequence[dict[str, Any]]], schema: pa.Schema = SCHEMA) -> Path:
-    """A finished step with these parts of rows by column; columns left out are null."""
+    """A finished step with these parts of rows by column; columns left out are null.
+
+    A part is read in batches of three rows, as one of millions is read in batches of 65,536.
+    """
     with Crew(folder, workers=1) as crew:
         step = Step(folder, "test", 1, Nothing(), [], crew)
         flow = Flow()
         for number, part in enumerate(parts):
             batch = pa.RecordBatch.from_pylist(list(part), schema)
-            with PartWriter(folder / "parts" / part_name(number), schema) as writer:
+            with (
+                patch.object(documents, "GROUP_ROWS", 3),
+                PartWriter(folder / "parts" / part_name(number), schema) as writer,
+            ):
                 writer.write(batch)
             for row in part:
                 flow.keep(row["source"], len(row["text"].encode()))

@@ -108,12 +108,14 @@ def test_a_changed_threshold_reads_the_statistics_again_and_measures_nothing(tmp
     first = recipe(tmp_path / "text", out)
     with crew(out) as work:
         build(first, work, until="filter")
+        (out / "report.html.1.tmp").touch()  # of a kill
         before = (out / "clean/report.json").stat().st_mtime_ns, (out / "filter/report.json").read_text()
         assert first.filter is not None
         lower = first.filter.model_copy(update={"thresholds": {"gopher_words": (150.0, 1000.0)}})
         build(first.model_copy(update={"filter": lower}), work, until="filter")
     assert (out / "clean/report.json").stat().st_mtime_ns == before[0]
     assert (out / "filter/report.json").read_text() != before[1]
+    assert not list(out.glob("*.tmp"))
 
 
 def write_recipe(path: Path, more: str) -> Path:

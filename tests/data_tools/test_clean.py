@@ -79,7 +79,7 @@ def test_each_operation_can_be_left_out(tmp_path: Path) -> None:
 
 
 def test_a_document_of_which_no_line_stays_is_dropped(tmp_path: Path) -> None:
-    parts = [[("a", "web", "Yes.\nNo.\n"), ("b", "web", "\n"), ("c", "web", "This line has words enough.")]]
+    parts = [[("b", "web", "\n"), ("a", "web", "Yes.\nNo.\n"), ("c", "web", "This line has words enough.")]]
     source = write_step(tmp_path / "in", [*parts, [("d", "web", "Ok.")]])
     settings = CleanSettings.model_validate({"language": False, "pii": False})
     with crew(tmp_path) as work:

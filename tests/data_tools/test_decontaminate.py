@@ -117,6 +117,30 @@ def test_hits_are_told_by_file_and_item(tmp_path: Path) -> None:
     ]
 
 
+def test_files_are_told_apart_and_their_texts_make_the_step_not_their_places(tmp_path: Path) -> None:
+    source = write_step(tmp_path / "in", [[("a", "s", " ".join(ITEM)), ("b", "s", "other")]])
+
+    def hits(place: str, second: str) -> dict[str, Any]:
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "one.txt").write_text("an item that hits nothing at all here\n\nshort")
+        (tmp_path / place / "two.txt").write_text(f"never seen\n\n{second}")
+        files = [{"path": str(tmp_path / place / f"{name}.txt")} for name in ("one", "two")]
+        with crew(tmp_path / "out") as hands:
+            run(DecontaminateSettings(files=files), source, tmp_path / "out", hands, renew=True)
+        told = read_report(tmp_path / "out")["evaluation"]
+        return {name: told[name]["documents_hit_by"] for name in ("one.txt", "two.txt")}
+
+    def made() -> int:
+        return (tmp_path / "out/report.json").stat().st_mtime_ns
+
+    assert hits("here", " ".join(ITEM)) == {"one.txt": {}, "two.txt": {"paragraph 2": 1}}
+    before = made()
+    assert hits("there", " ".join(ITEM)) == {"one.txt": {}, "two.txt": {"paragraph 2": 1}}
+    assert made() == before
+    assert hits("other", "something else that no document of these has") == {"one.txt": {}, "two.txt": {}}
+    assert made() != before
+
+
 def test_what_many_items_share_is_told_of_each(tmp_path: Path) -> None:
     shared = " ".join(ITEM[:14])
     items = [f"{shared} {number}" for number in range(300)] + [" ".join(ITEM[2:])]
@@ -135,6 +159,19 @@ def test_a_part_is_cut_out_and_the_rest_stays(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "out") == ["Before: After"]
     assert flow.examples["evaluation text"][0]["text"] == ", ".join(ITEM) + ". "
     assert flow.sources["s"]["dropped"]["too few words left"]["documents"] == 1
+
+
+@pytest.mark.parametrize(("least", "number"), [(12, 2), (13, 1)])
+def test_the_share_let_pass_and_the_words_left_are_bounds_that_hold(
+    tmp_path: Path, least: int, number: int
+) -> None:
+    half = " ".join([*ITEM[:13], *(f"x{n}" for n in range(13))])
+    rest = " ".join(f"y{n}" for n in range(12))
+    more = f"{' '.join(ITEM[:13])} {rest}"
+    choice = {"mode": "cut", "max_overlap": 0.5, "min_words_left": least}
+    flow = clean([[half, more]], [" ".join(ITEM)], tmp_path, **choice)
+    assert texts_of(tmp_path / "out") == [half, rest][:number]
+    assert flow.counters["documents with hits that were let pass"] == 1
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,13 @@ def test_a_part_does_not_depend_on_how_it_was_cut_into_batches(
         assert len(found) == 1 or sum(len(text.encode()) for text in found) <= 50
 
 
+def test_a_row_group_is_bounded_by_meta_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "GROUP_BYTES", 50)
+    rows = [{"id": str(n), "source": "s", "text": "x", "meta": "m" * 20} for n in range(7)]
+    write(tmp_path / "a.parquet", [pa.RecordBatch.from_pylist(rows, SCHEMA)])
+    assert [part.num_rows for part in read_part(tmp_path / "a.parquet")] == [2, 2, 2, 1]
+
+
 def test_an_empty_part_has_one_empty_batch(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", [])
     (only,) = read_part(tmp_path / "a.parquet", ["text"])

@@ -7,12 +7,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_tools.characters import SPACE, character_classes, lower_case
 from data_tools.dedup.exact import ExactSettings, run
+from data_tools.dedup.repeats import later_occurrences
 from data_tools.flow import Flow
 from tests.data_tools.corpora import crew, rows_of, texts_of, write_step
 
@@ -112,6 +114,7 @@ def test_what_is_left_is_what_sets_leave(unit: str, normalise: bool) -> None:
     @given(CORPORA)
     @example([["\n\n a\n\n\nb", "a\n\n b"], [], ["x\ny\n\nx\ny", " \n\nx\r\ny \n"]])
     @example([["", "abcdefgh", " ", ""], ["abcdefghi", "ABCDEFGH", "abcdefgh "]])
+    @example([["abcdefg", "abcdefg\x07", "\0"], ["abcdef", "abcdef\0\6", "\0\0", "ab\nx", "ab\n\nx"]])
     def check(parts: list[list[str]]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             choice = ExactSettings(unit=unit, normalise=normalise, min_chars=2)
@@ -120,6 +123,17 @@ def test_what_is_left_is_what_sets_leave(unit: str, normalise: bool) -> None:
             assert flow.totals()[0] == sum(map(len, parts))
 
     check()
+
+
+def test_both_halves_of_a_key_count() -> None:
+    draw = np.random.default_rng(0)
+    records = np.stack([*draw.integers(0, 3, (2, 60)), draw.permutation(60)], axis=1)
+    first: dict[tuple[int, int], int] = {}
+    expected = []
+    for one, other, address in sorted(records.tolist(), key=lambda record: record[2]):
+        if (earliest := first.setdefault((one, other), address)) != address:
+            expected.append([address, earliest])
+    assert later_occurrences(records.astype(np.uint64)).tolist() == expected
 
 
 def test_the_report_says_what_went_and_whose_twin_it_was(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def source(tmp_path: Path) -> Path:
         [
             row(0),
             row(1, fineweb_terminal_lines=0.1),
-            row(2, fineweb_terminal_lines=0.12),  # the threshold itself passes, in 32 bits too
+            # The threshold itself passes, in 32 bits too.
+            row(2, fineweb_terminal_lines=0.12, fineweb_short_lines=0.67),
             row(3, fineweb_terminal_lines=0.0, fineweb_short_lines=0.9),
         ],
         [
@@ -72,7 +73,7 @@ def filtered(source: Path, out: Path, **settings: Any) -> Flow:
 
 def test_documents_are_dropped_for_the_first_rule_they_fail(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "filter"
-    flow = filtered(source, out, languages=("en",), thresholds={"quality": (0.0, 1.0)})
+    flow = filtered(source, out, languages=("en",), thresholds={"quality": (0.25, 1.0)})
     assert [kept["id"] for kept in rows_of(out)] == ["d0", "d2", "d6"]
     assert flow.dropped() == {
         "fineweb_terminal_lines": 2,
@@ -108,7 +109,7 @@ def test_sizes_and_dropped_columns(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "sizes"
     flow = filtered(source, out, fineweb=False, min_bytes=7, keep_statistics=False)
     assert flow.dropped() == {"text_bytes": 8}
-    flow = filtered(source, tmp_path / "more", fineweb=False, max_bytes=6, keep_statistics=False)
+    flow = filtered(source, tmp_path / "more", fineweb=False, min_bytes=6, max_bytes=6, keep_statistics=False)
     assert flow.totals()[:2] == (8, 8)
     assert list(rows_of(tmp_path / "more")[0]) == [*SCHEMA.names, "language", "quality"]
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data_tools.ingest import SourceSettings, unpack
 from data_tools.ingest.found import Document, Found, Reason, SetAside, meta_json
-from data_tools.ingest.jsonl import read_jsonl
+from data_tools.ingest.jsonl import BOM, read_jsonl
 from data_tools.ingest.text import read_text
 from data_tools.ingest.unpack import BrokenStreamError, ByteStream, Line, buffered, lines, open_bytes
 
@@ -287,3 +287,23 @@ def test_text_files(tmp_path: Path) -> None:
     assert read(b"---\nno end\n", strip_front_matter=True).text == b"---\nno end\n"  # type: ignore[union-attr]
     (missing,) = read_text(tmp_path / "missing", "missing", SOURCE)
     assert missing.reason is Reason.UNREADABLE  # type: ignore[union-attr]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text("aé漢😀 \n", max_size=60), st.integers(1, 9))
+@example("é" * 9, 3)  # no line ends near where a piece does
+def test_pieces_of_a_text_are_the_text(tmp_path: Path, text: str, size: int) -> None:
+    path, source = tmp_path / "a.txt", SOURCE.model_copy(update={"piece_bytes": size})
+    path.write_bytes(BOM + text.encode())
+    items = list(read_text(path, "a.txt", source))
+    documents = [item for item in items if isinstance(item, Document)]
+    assert {reason for _, reason in aside(items)} <= {Reason.EMPTY}
+    assert "".join(item.text.decode() for item in documents if len(items) == len(documents)) in (text, "")
+    assert "".join("".join(item.text.decode().split()) for item in documents) == "".join(text.split())
+    assert all(len(item.text) < 2 * size + 4 for item in documents)
+    path.write_bytes((text + "é").encode()[:-1])
+    *_, last = read_text(path, "a.txt", source)
+    assert isinstance(last, SetAside)
+    assert last.reason in (Reason.STOPS, Reason.NOT_UTF8)
+    path.write_bytes(BOM[:2])
+    assert aside(list(read_text(path, "a.txt", source))) == [("a.txt@0", Reason.NOT_UTF8)]

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from data_tools.flow import Flow
 from data_tools.ingest import STDLIB, IngestSettings, SourceSettings, plan, step
+from data_tools.ingest.aside import AsideWriter
 from data_tools.ingest.plan import divide, list_source
 from megalite.errors import DataError
 
@@ -76,6 +77,7 @@ def mixed(tmp_path: Path) -> list[dict[str, Any]]:
     (code / "data.csv").write_text("1,2")
     (code / "jquery.min.js").write_text("x")
     (code / "Makefile").write_text("all:\n")
+    (code / "old.c.gz").write_bytes(gzip.compress(b"int x;\n", mtime=0))
     return [{"name": "web", "path": str(web)}, {"name": "code", "path": str(code), "format": "code"}]
 
 
@@ -92,7 +94,8 @@ def test_everything_is_read_or_accounted_for(tmp_path: Path, mixed: list[dict[st
     assert by_id["web", "page.html"]["meta"] == '{"title": "T"}'
     assert by_id["web", "t.parquet:1"]["meta"] == '{"url": "u"}'
     assert by_id["code", "main.py"]["meta"] == '{"language": "python", "path": "main.py"}'
-    assert {row["id"] for row in rows if row["source"] == "code"} == {"main.py", "Makefile"}
+    assert {row["id"] for row in rows if row["source"] == "code"} == {"main.py", "Makefile", "old.c.gz"}
+    assert by_id["code", "old.c.gz"]["meta"] == '{"language": "c", "path": "old.c.gz"}'
     assert sum(row["id"].startswith("big.jsonl@") for row in rows) == 299
     assert [json.loads(row["meta"])["n"] for row in rows if row["id"].startswith("big.jsonl@")] == [
         n for n in range(300) if n != 100
@@ -122,6 +125,28 @@ def test_everything_is_read_or_accounted_for(tmp_path: Path, mixed: list[dict[st
     (tmp_path / "in" / "web" / "note.md").write_text("# Changed")
     with pytest.raises(DataError, match="was made with"):
         ingest(out, *mixed)
+
+
+def test_a_file_of_another_size_or_time_is_another_input(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    source = SourceSettings(name="s", path=str(path))
+
+    def told(text: str, time: int) -> str:
+        path.write_text(text)
+        os.utime(path, ns=(time, time))
+        return list_source(source).fingerprint(source)
+
+    assert told("one", 5) == told("two", 5)
+    assert len({told("one", 5), told("one", 6), told("three", 5)}) == 3
+
+
+def test_a_batch_is_bounded_by_its_meta_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "BATCH_BYTES", 500)
+    row = {"text": "x", "page": "p" * 200}
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(row)] * 7))
+    source = SourceSettings(name="s", path=str(tmp_path / "a.jsonl"))
+    batches = step._batches(source, list_source(source).pieces, AsideWriter(tmp_path / "aside"), Flow())
+    assert [batch.num_rows for batch in batches] == [3, 3, 1]
 
 
 @pytest.mark.usefixtures("small")

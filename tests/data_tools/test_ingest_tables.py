@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -171,7 +173,23 @@ def test_a_hugging_face_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             list_source(SourceSettings(name="s", path=path))
 
 
+def test_another_revision_of_a_hugging_face_dataset_is_another_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(revision: str) -> str:
+        path = tmp_path / "default" / "0.0.0" / revision / "mine-train.arrow"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"of equal size")
+        made = SimpleNamespace(cache_files=[{"filename": str(path)}])
+        package = SimpleNamespace(load_dataset=lambda *_, **__: made)
+        monkeypatch.setitem(sys.modules, "datasets", package)
+        source = SourceSettings(name="s", path="hf:some/thing")
+        return list_source(source).fingerprint(source)
+
+    assert told("7b6d24") == told("7b6d24") != told("0f1e2d")
+
+
 def test_a_hugging_face_dataset_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'megalite\[hub\]'"):
         list_source(SourceSettings(name="s", path="hf:some/thing"))

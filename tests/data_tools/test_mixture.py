@@ -71,6 +71,16 @@ def counts(out: Path) -> dict[str, int]:
     return dict(zip(names, np.bincount(source, minlength=len(names)).tolist(), strict=True))
 
 
+def test_a_sample_needs_the_token_after_it(tmp_path: Path) -> None:
+    report = read_report(mix(tmp_path, {"web": (3 * SEQ, SEQ), "code": (3 * SEQ + 1, SEQ + 1)}))
+    assert (report["samples"], report["without_validation"]) == (2 + 3, ["web"])
+
+
+def test_stages_of_unequal_length_make_the_whole_run(tmp_path: Path) -> None:
+    report = read_report(mix(tmp_path, BUCKETED, token_budget=10 * SEQ, curriculum={"stages": 4}))
+    assert report["stages"] == [2 * SEQ, 3 * SEQ, 2 * SEQ, 3 * SEQ]
+
+
 def test_by_default_every_token_is_read_once(tmp_path: Path) -> None:
     out = mix(tmp_path, PLAIN)
     assert counts(out) == {"code": 100, "web": 250, "wiki": 50}

@@ -121,6 +121,14 @@ def test_those_stay_that_brute_force_keeps(
     assert flow.totals()[:2] == (sum(map(len, parts)), len(kept))
 
 
+def test_a_missing_score_is_the_least(tmp_path: Path) -> None:
+    nan = float("nan")
+    scores = {"a": (None, nan, -1.0), "b": (nan, None), "c": (None, nan)}
+    rows = [(f"{name} text of few words", score) for name, some in scores.items() for score in some]
+    dedup([rows], tmp_path, {"keep": "best", "best_column": "score"})
+    assert [row["id"] for row in rows_of(tmp_path / "out")] == ["0-2", "0-3", "0-5"]
+
+
 def test_planted_copies_are_found_and_nothing_else(tmp_path: Path) -> None:
     draw = random.Random(3)
     vocabulary = ["".join(draw.choices("abcdefghijklmno", k=draw.randrange(2, 9))) for _ in range(900)]

@@ -106,6 +106,13 @@ def test_a_step_in_one_line() -> None:
     assert summary("filter", flow()) == ("filter: 2 → 1 documents, 0.0 → 0.0 MB; left out: 1 too & short")
 
 
+def test_every_source_has_examples_of_its_own() -> None:
+    found = Flow()
+    for n in range(9):
+        found.drop("a" if n < 5 else "b", "short", 1, f"d{n}", "x")
+    assert [example["id"] for example in found.examples["short"]] == ["d0", "d1", "d2", "d5", "d6", "d7"]
+
+
 def test_flows_merge_to_what_one_would_have_counted() -> None:
     once, twice = flow(), flow()
     twice.merge(Flow.from_json(flow().to_json()))

@@ -30,6 +30,7 @@ def split(rows: list[str]) -> tuple[list[list[int]], list[list[int]]]:
 @settings(deadline=None)
 @given(st.lists(NASTY | st.text(max_size=30), min_size=1, max_size=4))
 @example(["", " ", "漢字かな\u0301x", "abcdefgh abcdefg ABCDEFGH", "e\u0301te ETE\u0301", "naïve", "a" * 70])
+@example(["a š", "ča čš 1 ı", "10 \U00013130"])  # where a letter's number is that of ASCII ones below a one
 def test_words_are_those_of_plain_python(rows: list[str]) -> None:
     hashes, starts = split(rows)
     names: dict[int, str] = {}
@@ -44,7 +45,7 @@ def test_words_are_those_of_plain_python(rows: list[str]) -> None:
 
 
 def plain_hash(word: str) -> int:
-    """ASCII letters up to seven at a time below a one, every other character alone."""
+    """ASCII letters up to seven at a time below a one, every other character alone with the highest bit."""
     pieces: list[int] = []
     held = 1
     for letter in [*word.lower(), ""]:
@@ -54,7 +55,7 @@ def plain_hash(word: str) -> int:
             pieces.append(held)
             held = 1
         if not letter.isascii():
-            pieces.append(ord(letter))
+            pieces.append(ord(letter) | 1 << 63)
     value = 0x9E3779B97F4A7C15
     for piece in pieces:
         value = (value ^ piece) * 0xD6E8FEB86659FD93 % 2**64

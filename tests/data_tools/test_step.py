@@ -90,6 +90,28 @@ def test_a_finished_step_is_left_alone_and_one_made_otherwise_refused(
     assert files_of(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("last", ["data", "done", "parts"])
+def test_what_a_killed_removal_left_is_not_taken_for_the_step_it_was(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    run(source, tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    (tmp_path / "out/data").mkdir()
+    (tmp_path / "out/data/half").touch()
+    remove = shutil.rmtree
+
+    def remove_and_die(path: Path) -> None:
+        if path.name == last:
+            raise InterruptedError
+        remove(path)
+
+    with monkeypatch.context() as patch, pytest.raises(DataError):
+        patch.setattr(shutil, "rmtree", remove_and_die)
+        run(source, tmp_path / "out", 5, renew=True)
+    run(source, tmp_path / "out", renew=True)  # as it was before
+    assert files_of(tmp_path / "out") == before
+
+
 def test_another_input_makes_another_step(tmp_path: Path, source: Path) -> None:
     run(source, tmp_path / "out")
     run(source, tmp_path / "short", 3)

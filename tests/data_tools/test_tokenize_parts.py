@@ -15,14 +15,14 @@ from pydantic import ValidationError
 from data_tools import encoding, pieces, tokenize_parts, verify
 from data_tools.bpe import Encoded
 from data_tools.bpe.encoder import BpeEncoder
-from data_tools.documents import SCHEMA
-from data_tools.hold_out import place
+from data_tools.documents import SCHEMA, texts
+from data_tools.hold_out import Split, exceptions, place
 from data_tools.mix.groups import read_groups
 from data_tools.pieces import unigram_entropy
-from data_tools.step import read_report
+from data_tools.step import read_report, step_parts
 from data_tools.tokenize_parts import TokenizeSettings, run
 from megalite.data.shards import Dataset
-from megalite.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
+from megalite.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
 from megalite.errors import DataError
 
 from .corpora import crew, files_of, rows_of, write_rows, write_step
@@ -154,6 +154,59 @@ def test_a_family_is_on_one_side_whatever_bucket_its_documents_are_in(tmp_path, 
     }
     sides = {(group.partition(".")[0], name.removesuffix(ends[1]), kind) for group, kind, name in found}
     assert len(sides) == 5 * 40
+
+
+def test_neighbouring_parts_are_one_task_as_long_as_they_are_small(monkeypatch):
+    monkeypatch.setattr(tokenize_parts, "SMALL_TASK_BYTES", 8 << 20)
+    paths = [Path(str(number)) for number in range(10)]
+    small = tokenize_parts._plan(paths, [3 << 20] * 10)
+    assert [(name, [path.name for path in some]) for name, some, _ in small[:2]] == [
+        ("piece-00000", ["0", "1"]),
+        ("piece-00001", ["2", "3"]),
+    ]
+    assert [size for _, _, size in small] == [6 << 20] * 5
+    large = tokenize_parts._plan(paths, [100 << 20] * 9 + [300 << 20])
+    assert [len(some) for _, some, _ in large] == [1] * 10
+
+
+def test_a_sample_is_as_large_as_wanted_though_few_parts_are_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_parts, "SCAN", 1)
+    rows = [[(f"{part}-{n}", "s", f"{part}" * 100) for n in range(20)] for part in range(8)]
+    parts = step_parts(write_step(tmp_path / "in", rows))
+    found = list(tokenize_parts._sample(parts, [2000] * 8, Split(1e-9, {"s": {}}), 4000))
+    assert found == ["0" * 100] * 20 + ["4" * 100] * 20
+    # Of a few huge documents none may be chosen; then it is the first that is not held out.
+    few = list(tokenize_parts._sample(parts, [10**9] * 8, Split(1e-9, {"s": {"0-0": True}}), 1))
+    assert few == ["0" * 100]
+
+
+def test_the_check_of_a_long_document_ends_between_characters(monkeypatch):
+    monkeypatch.setattr(encoding, "CHECK_BYTES", 8)
+    encoder = encoding.build_encoder(ByteTokenizer(), encoding.BYTES)
+    check = encoding.SampleCheck(ByteTokenizer(), encoder, encoding.COMPILED)
+    column = texts(pa.array(["a" + "é" * 9]))
+    assert check.look(column, encoder.encode(column)) == []
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: np.zeros(7, np.int64))
+    assert check.look(column, encoder.encode(column)) == [0]
+
+
+def test_a_held_out_token_that_training_has_not_is_as_one_seen_once():
+    found = unigram_entropy(np.array([3, 0, 1]), np.array([2, 1, 0]))
+    assert found == pytest.approx(-(2 * np.log(4 / 7) + np.log(1 / 7)) / 3)
+
+
+def test_a_bucket_keeps_what_it_trains_on_though_another_holds_that_family_out():
+    def found(*families):
+        nearest, farthest = (list(end(families)) for end in (min, max))
+        return {"source": "s", "documents": 9, "held": 0, "nearest": nearest, "farthest": farthest}
+
+    near, far = (0.3, "near"), (0.9, "far")
+    surveys = [{"s.q0": found(near, far), "s.q1": found(near)}, {"s.q2": found((0.2, "new"), near)}]
+    assert exceptions(surveys) == {
+        "s.q0": {"near": True, "new": True},
+        "s.q1": {"new": True},
+        "s.q2": {"new": True},
+    }
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
