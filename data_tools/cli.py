@@ -169,9 +169,13 @@ def _tokenize_text(args: argparse.Namespace) -> int:
         "compression": args.compression,
     }
     if (stats := finished_build(args.to, recipe)) is not None:
-        is_other = _is_other_text(args.text, stats.text)
-        change = f", from other text than {' '.join(args.text)} holds now: remove it to build anew"
-        print(f"{args.to} is already built{change if is_other else ''}\n{stats.summary()}")
+        changes = []
+        if _is_other_text(args.text, stats.text):
+            changes.append(f", from other text than {' '.join(args.text)} holds now")
+        if _is_other_tokenizer(args.tokenizer, args.to):
+            changes.append(f", with another tokenizer than {args.tokenizer} is now")
+        remedy = ": remove it to build anew" if changes else ""
+        print(f"{args.to} is already built{''.join(changes)}{remedy}\n{stats.summary()}")
         return 0
     corpus = Corpus(args.text, None if args.max_mib is None else int(args.max_mib * 2**20))
     check_apart(corpus.sources, args.to)
@@ -204,6 +208,15 @@ def _is_other_text(places: list[str], before: list[str]) -> bool:
         return Corpus(places).fingerprints() != before
     except DataError:
         return False
+
+
+def _is_other_tokenizer(tokenizer: str, built: Path) -> bool:
+    """Whether a tokenizer's file is another than what shards were made with; not if it is gone."""
+    from megalite.data.tokenizer import load_tokenizer
+
+    if tokenizer in ("byte", "bpe") or not Path(tokenizer).exists():
+        return False
+    return load_tokenizer(tokenizer).fingerprint != load_tokenizer(built / "train").fingerprint
 
 
 def _tokenizer(args: argparse.Namespace, corpus: Any) -> Any:

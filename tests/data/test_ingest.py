@@ -19,7 +19,7 @@ from data_tools.ingest.stdlib import docstrings
 from data_tools.tokenize import build_shards, finished_build, hold_out, sample_texts
 from megalite.data.manifest import VERSION
 from megalite.data.shards import Dataset
-from megalite.data.tokenizer import ByteTokenizer, load_tokenizer
+from megalite.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from megalite.errors import DataError
 
 from .datasets import megalite
@@ -274,11 +274,18 @@ def test_the_command_line(tmp_path, capsys):
     assert "tokens [0, " in shown
     assert "documents not shown" in shown
     other = ("data", "tokenize", "--text", text, "--to", tmp_path / "two", "--max-mib", 0.05)
-    assert megalite(*other, "--tokenizer", out / "train" / "tokenizer.json", "--compression", "zstd") == 0
+    with_file = (*other, "--tokenizer", tmp_path / "tokenizer.json", "--compression", "zstd")
+    shutil.copy(out / "train" / "tokenizer.json", tmp_path)
+    assert megalite(*with_file) == 0
     capsys.readouterr()
     two = Dataset(tmp_path / "two" / "train")
     assert two.tokenizer == Dataset(out / "train").tokenizer
     assert two.manifest.compression == "zstd"
+    assert megalite(*with_file) == 0
+    assert "two is already built\n" in capsys.readouterr().out
+    train_bpe(["other words, other merges"] * 50, 280).save(tmp_path)
+    assert megalite(*with_file) == 0
+    assert "already built, with another tokenizer than" in capsys.readouterr().out
     text.unlink()
     assert megalite(*options) == 0  # whoever goes on with a run may have no text any more
     assert f"{out} is already built\n" in capsys.readouterr().out
