@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def _prepare(staging: Path) -> None:
     if not root.exists():
         root.mkdir(parents=True)
         for folder in (root.parent, root.parent.parent):  # a new run's folder is new as well
-            fsync_folder(folder)
+            with suppress(PermissionError):  # where the user may not look; he was given his folder there
+                fsync_folder(folder)
     staging.mkdir()
 
 
