@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from megalite.checkpoint.snapshots import Snapshot, Snapshots, copy_to_host
+from megalite.checkpoint.snapshots import Snapshot, Snapshots, _sealer, copy_to_host
 from megalite.data.loader import Share
 from megalite.errors import CheckpointError
 from megalite.parallel.mesh import Mesh
@@ -57,6 +58,17 @@ def test_the_oldest_gives_its_memory_to_the_newest() -> None:
     assert kept.newest_before(39) is None
     kept.forget_after(40)
     assert kept.steps == [40]
+
+
+def test_no_memory_is_given_up_before_its_crcs_are_taken() -> None:
+    """They would be of the next snapshot's values, and the memory would seem to have changed."""
+    begun = threading.Event()
+    _sealer.submit(begun.wait)
+    snapshot = of(1.0)
+    threading.Timer(0.05, begun.set).start()
+    snapshot.give_up()["weight"].fill_(2.0)
+    with pytest.raises(CheckpointError, match="weight changed in host memory"):
+        snapshot.verify()
 
 
 def choose_with_a_flip_on_rank_1(mesh: Mesh) -> tuple[int, list[int]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megalite.checkpoint.store import newest
+from megalite.checkpoint.store import newest, open_checkpoint
 from tests.checkpoint.helpers import check, save_step
 from tests.daily import one_a_day
 from tests.faults.disk import Disk, recording
@@ -50,6 +50,17 @@ def test_every_prefix_of_the_calls_leaves_a_whole_checkpoint(name: str, tmp_path
     )
     assert {found[1:] for found in found_after if found[0] >= forced} == {(3, 0)}
     assert len({found[1:] for found in found_after}) > 1
+
+
+def test_the_first_checkpoint_of_a_new_run_is_found_once_it_is_saved(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    with recording(tmp_path) as events:
+        save_step(SOLO, tmp_path / "run" / "checkpoints", 1)
+    for event in events:
+        disk.apply(event)
+    for seed in seeds(CUTS):
+        disk.after_a_power_cut(random.Random(seed), tmp_path / f"cut-{seed}")
+        check(open_checkpoint(tmp_path / f"cut-{seed}" / "run"), 1)
 
 
 def test_the_same_cuts_break_a_save_that_does_not_force_its_files(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_the_state_goes_through_a_checkpoint_and_the_ledger_adds_to_it(tmp_path:
     second.load(first.state(), [rollback(1000, 800), later])
     assert second.rollbacks == [rollback(1000, 800), later]
     assert second.refused(1201, "wild") == Spike(1200, 1201, "wild")
+    assert second.refused_in_a_row == 2
 
 
 def test_checkpoints_of_a_future_that_was_left_are_known_by_the_ledger() -> None:
