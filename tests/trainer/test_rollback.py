@@ -20,7 +20,7 @@ from megalite.engines.engine import StepSums
 from megalite.engines.native import NativeEngine
 from megalite.errors import CheckpointError, ConfigError, DivergedError, PreemptedError
 from megalite.log import read_json_lines
-from megalite.meter import StepReport
+from megalite.meter import Measured, StepReport
 from megalite.parallel.mesh import Mesh
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
@@ -257,13 +257,29 @@ def disturbed(mesh: Mesh, config: Config, wrong: list[float]) -> Any:
 
 
 def test_an_error_that_goes_away_is_the_hardware_s_and_costs_nothing(root: Path) -> None:
-    common = ["train.steps=8", "train.micro_batch_size=12"]
+    common = ["train.steps=8", "train.micro_batch_size=12", "mesh.pp=2"]
     found = run_ranks(disturbed, 2, tiny(root, *common), [math.nan])
     clean = run_ranks(disturbed, 2, tiny(root, *common, f"run_dir={root}/clean"), [])
     assert found == clean
     (event,) = [e for e in read_json_lines(root / "run/ledger.jsonl") if e["event"] == "hardware"]
     assert (event["cause"], event["ranks"], event["step"]) == ("transient", [1], 5)
     assert [r["events"] for r in metrics(root / "run")][4] == ["hardware"]
+
+
+def test_only_a_finite_loss_is_an_overflow(root: Path, alone: Mesh) -> None:
+    """That is computed once; a loss that is not finite once more, for no scale helps it."""
+    common = ["train.precision=fp16", "train.steps=3", f"train.loss_scale={2.0**28}"]
+    trainer = failing(tiny(root, *common, "train.micro_batch_size=24"), alone, {2})
+    computed, measure = [], trainer._measure
+
+    def counted(batches: list[Batch], wants_stop: bool) -> Measured:
+        computed.append(trainer.step + 1)
+        return measure(batches, wants_stop)
+
+    trainer._measure = counted  # type: ignore[method-assign]
+    trainer.fit(PreemptionFlag())
+    assert [record["events"] for record in metrics(root / "run")] == [["overflow"], ["skip"], ["overflow"]]
+    assert computed == [1, 2, 2, 3]
 
 
 def test_an_error_that_stays_ends_the_run_and_names_the_rank(root: Path) -> None:
