@@ -145,6 +145,7 @@ CALM = [(1.0, 2.0), (1.5, 2.5)]
         (([(math.nan, math.nan)], [(math.nan, math.nan)]), Blame("data")),
         (([(1.0, 2.0), (9.0, 2.5)], CALM, CALM), Blame("transient", (1,))),
         (([(1.0, 7.0), (1.5, 8.5)], CALM, CALM), Blame("transient", (0, 1))),
+        (([(1.0, 7.0), (9.0, 8.5)], CALM, CALM), Blame("transient", (1,))),  # the norms follow from the loss
         (([(math.nan, 2.0), (1.5, 2.5)], CALM, CALM), Blame("transient", (0,))),
         ((CALM, [(1.0, 2.0), (9.0, 2.5)], CALM), Blame("transient", (1,))),
         ((CALM, [CALM[0], (7.0, 2.5)], [CALM[0], (5.0, 2.5)]), Blame("persistent", (1,))),
