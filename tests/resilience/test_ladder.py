@@ -117,15 +117,18 @@ def test_from_the_seed_nothing_has_been_refused(tmp_path: Path) -> None:
 
 
 def test_the_newest_checkpoint_of_no_future_that_was_left(tmp_path: Path) -> None:
-    """Back from step 1000 to 800, and from 2000 to 1800, both to snapshots; few checkpoints lie between."""
-    a, b = rollback(1000, 800), rollback(2000, 1800)
-    for step, known in ((700, []), (900, []), (1900, [a])):
+    """Back from step 1000 to 800, from 2000 to 1800 and to 1700, to snapshots; few checkpoints lie between.
+
+    That of 1850 was committed last, by a run that was killed before it had removed the later one.
+    """
+    a, b, c = rollback(1000, 800), rollback(2000, 1800), rollback(2000, 1700)
+    for step, known in ((700, []), (900, []), (1850, [a, b]), (1900, [a])):
         ladder = {"rollbacks": [each.to_json() for each in known]}
         meta = {"recovery": {"ladder": ladder}}
         save(*(tmp_path / "run/checkpoints", step, 0, lambda: owned(0, 1, 0), meta, SOLO, Retention(9)))
     recovery = Recovery(tiny(tmp_path, *ASKED), SOLO)
-    steps = [found.step for ledger in ([], [a], [a, b]) if (found := recovery.newest(ledger))]
-    assert steps == [1900, 1900, 700]
+    ledgers = [], [a], [a, b], [a, b, c]
+    assert [found.step for each in ledgers if (found := recovery.newest(each))] == [1900, 1900, 1850, 700]
 
 
 def test_checkpoints_of_a_future_that_was_left_are_known_by_the_ledger() -> None:
