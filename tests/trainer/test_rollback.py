@@ -278,7 +278,11 @@ def test_only_a_finite_loss_is_an_overflow(root: Path, alone: Mesh) -> None:
 
     trainer._measure = counted  # type: ignore[method-assign]
     trainer.fit(PreemptionFlag())
-    assert [record["events"] for record in metrics(root / "run")] == [["overflow"], ["skip"], ["overflow"]]
+    records = metrics(root / "run")
+    assert [record["events"] for record in records] == [["overflow"], ["skip"], ["overflow"]]
+    assert [record["lr"] for record in records] == pytest.approx(
+        [1e-2 / 3, 2e-2 / 3, 1e-2]
+    )  # warms up all the same
     assert computed == [1, 2, 2, 3]
 
 
@@ -384,6 +388,25 @@ def test_no_rollback_throws_a_whole_run_away(root: Path, alone: Mesh) -> None:
     snapshots = ["checkpoint.snapshot_every_steps=4", "checkpoint.snapshots_kept=1", f"run_dir={root}/memory"]
     failing(tiny(root, *OFTEN, "checkpoint.every_steps=0", *snapshots), alone, {12, 13}).fit(PreemptionFlag())
     assert [rollback.to_step for rollback in rollbacks(root / "memory")] == [12]
+
+
+def test_a_kill_after_a_rollback_to_memory_costs_no_more_than_another(root: Path, alone: Mesh) -> None:
+    """The only checkpoint is of the future that was left; what was gone back to takes its place."""
+    common = [*OFTEN, "checkpoint.every_steps=8", "checkpoint.keep_last=1", "checkpoint.asynchronous=false"]
+    config = tiny(root, *common, "checkpoint.snapshot_every_steps=3")
+    trainer = failing(config, alone, {13, 14})
+    train_step = trainer.train_step
+
+    def killed(*args: Any) -> StepReport:
+        if trainer.step == 7 and rollbacks(root / "run"):
+            raise SystemExit(9)
+        return train_step(*args)
+
+    trainer.train_step = killed  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        trainer.fit(PreemptionFlag())
+    assert [rollback.to_step for rollback in rollbacks(root / "run")] == [6]
+    assert Trainer(config, alone).step == 6
 
 
 def test_being_asked_to_stop_at_the_step_that_makes_it_a_spike_changes_nothing(

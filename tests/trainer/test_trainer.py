@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -233,6 +234,16 @@ def test_being_asked_to_stop_at_a_step_that_is_validated_saves_at_once(root: Pat
         trainer.fit(flag)
     assert [r["step"] for r in metrics(root / "run") if "val_loss" in r] == [2]
     assert [r["step"] for r in train(alone, tiny(root, *every)) if "val_loss" in r] == [2, 6]
+
+
+def test_a_run_that_is_asked_to_stop_and_cannot_be_saved_says_so(
+    root: Path, alone: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megalite.checkpoint.writer.save", Mock(side_effect=CheckpointError("no space")))
+    flag = PreemptionFlag()
+    flag._is_heard = True
+    with pytest.raises(CheckpointError, match="no space"):
+        Trainer(tiny(root), alone).fit(flag)
 
 
 def stop_in_validation(mesh: Mesh, config: Config) -> tuple[list[dict[str, Any]], int]:
