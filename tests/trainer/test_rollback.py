@@ -382,7 +382,9 @@ def test_no_rollback_throws_a_whole_run_away(root: Path, alone: Mesh) -> None:
     config = tiny(root, *OFTEN, "checkpoint.every_steps=0")
     stop_at(failing(config, alone, {12}), 12)
     assert "loss" not in open_checkpoint(root / "run").meta  # it was none that compares
-    failing(config, alone, {13}).fit(PreemptionFlag())
+    resumed = failing(config, alone, {13})
+    assert (resumed.step, resumed.engine.applied_steps) == (12, 11)
+    resumed.fit(PreemptionFlag())
     (rollback,) = rollbacks(root / "run")
     assert (rollback.onset, rollback.to_step, rollback.skipped[0]) == (12, 12, 12 * BATCH)
     snapshots = ["checkpoint.snapshot_every_steps=4", "checkpoint.snapshots_kept=1", f"run_dir={root}/memory"]

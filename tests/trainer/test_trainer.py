@@ -12,9 +12,12 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 
 from megalite.config import Config
 from megalite.data.batch import Batch
+from megalite.data.loader import Share
+from megalite.engines.native import NativeEngine
 from megalite.errors import CheckpointError, DivergedError, PreemptedError
 from megalite.log import read_json_lines
 from megalite.meter import StepReport
@@ -219,6 +222,17 @@ def _train_until_killed(config: Config) -> None:
     except PreemptedError as error:
         raise SystemExit(error.exit_code) from None
     close_mesh(mesh)
+
+
+def test_validation_leaves_the_gradients_alone(root: Path, alone: Mesh) -> None:
+    """Of as many micro-batches as a step has, too."""
+    trainer = Trainer(tiny(root), alone)
+    engine, batches = trainer.engine, trainer.loader.micro_batches(0, Share(24, 2))
+    assert isinstance(engine, NativeEngine)
+    engine.forward_backward(batches)
+    before = engine.optimizer.gradients.shard_values.clone()
+    engine.evaluate(batches)
+    assert torch.equal(engine.optimizer.gradients.shard_values, before)
 
 
 def test_being_asked_to_stop_at_a_step_that_is_validated_saves_at_once(root: Path, alone: Mesh) -> None:
