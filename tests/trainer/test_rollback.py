@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from megalite.errors import CheckpointError, ConfigError, DivergedError, Preempt
 from megalite.log import read_json_lines
 from megalite.meter import Measured, StepReport
 from megalite.parallel.mesh import Mesh
+from megalite.resilience.ladder import Rollback
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 from tests.daily import one_a_day
@@ -228,6 +230,16 @@ def test_a_ledger_that_was_tampered_with_is_named(root: Path, alone: Mesh, line:
         file.write(line + "\n")
     with pytest.raises(CheckpointError, match=r"ledger\.jsonl has a rollback that is not one"):
         Trainer(tiny(root, "train.steps=4"), alone)
+
+
+def test_what_any_rollback_left_out_stays_left_out(root: Path, alone: Mesh) -> None:
+    """Without a checkpoint that knows of them, too."""
+    told = [
+        Rollback(n, n + 1, "wild", 0, (24 * n, 24 * n + 24)).to_json() | {"event": "rollback"} for n in (3, 9)
+    ]
+    (root / "run").mkdir()
+    (root / "run/ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    assert Trainer(tiny(root), alone).loader.skips.ranges == ((72, 96), (216, 240))
 
 
 @pytest.mark.slow
