@@ -116,6 +116,13 @@ def test_from_the_seed_nothing_has_been_refused(tmp_path: Path) -> None:
     assert recovery.ladder.refused_in_a_row == 1
 
 
+def test_a_step_that_is_applied_ends_a_row_of_refused_ones(tmp_path: Path) -> None:
+    recovery = Recovery(tiny(tmp_path, *ASKED), SOLO)
+    recovery.ladder.refused(13, "wild")
+    recovery.applied(14, 2.0, 1.0)
+    assert recovery.ladder.refused_in_a_row == 0
+
+
 def test_the_newest_checkpoint_of_no_future_that_was_left(tmp_path: Path) -> None:
     """Back from step 1000 to 800, from 2000 to 1800 and to 1700, to snapshots; few checkpoints lie between.
 

@@ -192,21 +192,26 @@ def test_killed_between_the_ledger_and_the_rollback(root: Path, alone: Mesh) -> 
     assert found == run(alone, oracle, [], "", [rollback.skipped])
 
 
-def test_a_rollback_that_cannot_be_written_down_is_not_done(root: Path, alone: Mesh) -> None:
-    trainer = Trainer(tiny(root, *SHORT), alone)
+def go_back_on_a_full_disk(mesh: Mesh, config: Config) -> int:
+    """The step this rank ends at."""
+    trainer = Trainer(config, lay_out(mesh, config))
     poison(trainer, batches(13, 16), "nan")
     commit = trainer.log.commit
 
     def on_a_full_disk(kind: str, step: int, **details: Any) -> None:
-        if kind == "rollback":
-            assert trainer.log._ledger is not None
+        if kind == "rollback" and trainer.log._ledger is not None:
             trainer.log._ledger._file = open("/dev/full", "w")
         commit(kind, step, **details)
 
     trainer.log.commit = on_a_full_disk  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match=r"cannot write .*ledger.jsonl: No space left on device"):
         trainer.fit(PreemptionFlag())
-    assert trainer.step == 14
+    return trainer.step
+
+
+def test_a_rollback_that_cannot_be_written_down_is_not_done(root: Path) -> None:
+    config = tiny(root, *SHORT, "train.micro_batch_size=12")
+    assert run_ranks(go_back_on_a_full_disk, 2, config) == [14, 14]
 
 
 @pytest.mark.slow
