@@ -78,7 +78,7 @@ def main() -> None:
                     update={"asynchronous": value, "every_steps": 0, "keep_last": 1}
                 )
                 saving = config.model_copy(update={"checkpoint": keys})
-                writers[name] = Writer(saving, mesh, log, 0, engine.num_parameters)
+                writers[name] = Writer(saving, mesh, log, engine.num_parameters)
             for number in range(args.rounds + 1):
                 for name, writer in writers.items():
                     plain = steps()

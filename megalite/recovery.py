@@ -95,7 +95,8 @@ class Recovery:
             limit = abandoned_from(ledger, known)
             if limit is None or found.step <= limit:
                 break
-            found = newest(root, self._mesh, before=limit)
+            # Of the steps after the limit one may know more: it was committed, and a kill left this one.
+            found = newest(root, self._mesh, before=found.step - 1)
         return found
 
     # --- at every step --------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class Trainer:
         self.folder.prepare(self.loader)
         steps, every = config.train.steps, config.log.every_steps
         self.log = together(lambda: RunLog(self.run_dir, mesh.rank == 0, steps, every), mesh)
-        self.writer = Writer(config, mesh, self.log, self.step, self.engine.num_parameters)
+        self.writer = Writer(config, mesh, self.log, self.engine.num_parameters)
         self.watch = RankWatch(config, mesh, self.engine, self.log)
         self._announce(found)
 
@@ -373,6 +373,7 @@ class Trainer:
         Raises:  DivergedError when that has been done too often; ConfigError if the ledger cannot be written
         """
         ladder, batch = self.recovery.ladder, self.config.train.global_batch_size
+        every, left = self.config.checkpoint.every_steps, self.step
         done = self.position - self.step * batch  # 0, unless the batch size has changed in this run
 
         def samples(window: tuple[int, int], begun: int) -> tuple[int, int]:
@@ -402,6 +403,8 @@ class Trainer:
         self._tell_of_mixture()  # of a checkpoint from before it was changed
         self.recovery.snapshots.forget_after(to_step)
         self.log.resume(to_step)
+        if every and isinstance(found, KeptSnapshot) and left // every > to_step // every:
+            self.save({}, is_last=False)  # what lies on disk is of the future that was left
 
     def _diverged(self, reason: str, samples: tuple[int, ...]) -> DivergedError:
         """The error that ends a run which cannot help itself, once its report is written."""

@@ -2,8 +2,8 @@
 
 Two promises. At every instant, a kill or a power cut leaves a folder in which `store.newest` finds the last
 committed checkpoint or the one about to be. And a run folder holds one history: a run that went back
-and commits step 200 removes steps 300 and 400 of the future it left, so that newest *by step* is always
-the last one committed.
+and commits step 200 removes steps 300 and 400 of the future it left, so that newest *by step* is then
+the last one committed. (If it is killed in between, its ledger tells which they are: `recovery`.)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def _prepare(staging: Path) -> None:
     if not root.exists():
         root.mkdir(parents=True)
         for folder in (root.parent, root.parent.parent):  # a new run's folder is new as well
-            fsync_folder(folder)
+            with suppress(PermissionError):  # where the user may not look; he was given his folder there
+                fsync_folder(folder)
     staging.mkdir()
 
 
@@ -110,9 +112,6 @@ def _commit(target: Path, staging: Path, manifest: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     fsync_folder(staging)
-    for name in candidates(target.parent):
-        if step_of(name) > step_of(target.name):
-            discard(target.parent / name)
     if target.exists():
         replaced = target.with_name(f"{target.name}.old")
         if replaced.exists():
@@ -120,3 +119,6 @@ def _commit(target: Path, staging: Path, manifest: bytes) -> None:
         target.rename(replaced)
     staging.rename(target)
     fsync_folder(target.parent)
+    for name in candidates(target.parent):  # only now, for there may be no earlier one
+        if step_of(name) > step_of(target.name):
+            discard(target.parent / name)

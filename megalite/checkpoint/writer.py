@@ -62,15 +62,15 @@ class Writer:
     Left by a `with` statement, it waits for the save under way, except when a peer is lost.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, log: RunLog, step: int, num_parameters: int) -> None:
-        """For a run that starts, or goes on, at `step`, of a model of so many parameters."""
+    def __init__(self, config: Config, mesh: Mesh, log: RunLog, num_parameters: int) -> None:
+        """For a run of a model of so many parameters."""
         self._root = Path(config.run_dir) / "checkpoints"
         self._config, self._mesh, self._log = config, mesh, log
         keys = config.checkpoint
         self._keep = Retention(keys.keep_last, keys.keep_every, keys.keep_best)
         self._under_way: _Save | None = None
         self._memory: Snapshot | None = None  # of the last save, for the next
-        self._began_at, self._first_step = time.perf_counter(), step
+        self._began_at, self._steps = time.perf_counter(), 0
         self._has_advised = keys.every_steps == 0
         replicas = mesh.dp.size if config.mesh.zero_stage == 0 else mesh.replicas.size
         self._share_bytes = _BYTES * num_parameters * replicas // mesh.size
@@ -105,7 +105,7 @@ class Writer:
         Raises:  CheckpointError if `is_last` and it failed, the same on every rank; PeerError
         """
         began = time.perf_counter()
-        step_s = (began - self._began_at) / max(step - self._first_step, 1)
+        step_s = (began - self._began_at) / max(self._steps, 1)
         self.wait()
         if is_last:
             self._commit(step, position, meta, source.state_slices)
@@ -132,6 +132,7 @@ class Writer:
 
         Raises:  PeerError if a peer was lost while saving
         """
+        self._steps += 1
         if len(self._polled_at) < _TIMED_POLLS:
             self._polled_at.append(time.perf_counter())
             if len(self._polled_at) == _TIMED_POLLS:

@@ -108,7 +108,7 @@ def test_what_a_rank_writes_and_how_often_a_run_fails(
     tried = mock.Mock(return_value=(1.0, 2.0))
     advised = mock.Mock(return_value=None)
     patched = mock.patch.multiple("megalite.checkpoint.writer", estimate=tried, advice=advised)
-    with patched, Writer(config, mesh, mock.Mock(), 0, num_parameters=800) as writer:
+    with patched, Writer(config, mesh, mock.Mock(), num_parameters=800) as writer:
         for _ in range(3):
             writer.poll()
     assert tried.call_args.args[1] == share * 800

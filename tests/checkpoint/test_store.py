@@ -110,6 +110,16 @@ def save_from_rank_0(mesh: Mesh, root: str) -> str:
     return save(Path(root), 1, 10, lambda: slices, {"version": 0}, mesh, Retention()).name
 
 
+def test_a_copy_is_verified_once_it_is_written(tmp_path: Path) -> None:
+    """Before that it may still change, and what was written would be another."""
+    seen: list[str] = []
+    save(
+        *(tmp_path, 1, 10, lambda: owned(0, 1, 1), {}, SOLO, Retention()),
+        verify=lambda: seen.extend(listing(tmp_path / "step_00000001.tmp")),
+    )
+    assert seen == ["rank_00000.safetensors"]
+
+
 def test_newest_is_by_step_not_by_time(tmp_path: Path) -> None:
     for step in (5, 20, 100):
         save_step(SOLO, tmp_path, step, keep_last=9)
@@ -175,6 +185,33 @@ def test_with_nothing_that_verifies_no_run_starts_over_silently(tmp_path: Path) 
     assert "none of the 2 checkpoints" in errors[0]
     assert "step_00000002 refused: rank 1: " in errors[0]
     assert "rank_00001.safetensors is damaged" in errors[0]
+
+
+def fail_to_choose_apart(mesh: Mesh, root: str) -> str:
+    """As `fail_to_choose`, each rank on a disk of its own."""
+    return fail_to_choose(mesh, f"{root}/{mesh.rank}")
+
+
+@pytest.mark.parametrize(
+    ("held", "reason"),
+    [
+        ((5, None), "step_00000005 refused: rank 1: cannot open .*No such file"),  # rank 0 says what there is
+        (
+            (5, 6),
+            "step_00000005 refused: ranks read different manifests in .*; put run_dir on shared storage",
+        ),
+    ],
+)
+def test_ranks_that_see_different_folders_take_none(
+    tmp_path: Path, held: tuple[int, int | None], reason: str
+) -> None:
+    for rank, version in enumerate(held):
+        (tmp_path / f"{rank}").mkdir()
+        if version is not None:
+            save_step(SOLO, tmp_path / f"{rank}", 5, version)
+    first, second = run_ranks(fail_to_choose_apart, 2, str(tmp_path))
+    assert re.search(reason, first)
+    assert re.search(reason, second)
 
 
 def test_what_is_not_whole_is_never_chosen(tmp_path: Path) -> None:

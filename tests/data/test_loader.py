@@ -149,7 +149,10 @@ def test_a_changed_mixture_continues_where_each_source_stood(datasets):
     # The second leaves, a third comes, the shares change; then the second is back.
     after = loader([datasets[2], datasets[0]], 16, sources=[{"weight": 0.75}, {"weight": 0.25}])
     assert after.restore(state, 50)
-    state = json.loads(json.dumps(after.state(90)))
+    # Continued on the way with nothing changed, it still knows where the one that left stood.
+    same = loader([datasets[2], datasets[0]], 16, sources=[{"weight": 0.75}, {"weight": 0.25}])
+    assert not same.restore(json.loads(json.dumps(after.state(70))), 70)
+    state = json.loads(json.dumps(same.state(90)))
     assert dict(zip(after.names, [30, 35], strict=True)).items() <= state["cursors"].items()
     last = loader(datasets[:2], 16)
     assert last.restore(state, 90)
@@ -211,6 +214,12 @@ def test_ranges_left_out_move_what_comes_after(datasets):
     other = loader(datasets[:2], 16)
     other.restore(json.loads(json.dumps(data.state(30))), 30)
     assert other.skips.ranges == ((10, 25), (50, 53))
+    assert sum(data.state(30)["cursors"].values()) == 45  # what is left out is not read later either
+    once = loader(datasets[:2], 16, sources=[{"max_epochs": 1}, {"max_epochs": 1}])
+    once.skip([(3, 10)])
+    once.check_length(once.blend.end - 7)
+    with pytest.raises(DataError, match="past the data"):
+        once.check_length(once.blend.end - 6)
 
 
 def damaged(root, blocks, **settings) -> tuple[DataLoader, DataLoader]:

@@ -45,7 +45,7 @@ def open_writer(mesh: Mesh, root: str | Path, *overrides: str) -> tuple[RunLog, 
     run_dir.mkdir(parents=True, exist_ok=True)
     config = tiny(run_dir, f"run_dir={run_dir}", "checkpoint.keep_last=2", *overrides)
     log = RunLog(run_dir, mesh.rank == 0, steps=9, every_steps=9)
-    return log, Writer(config, mesh, log, step=0, num_parameters=TOTAL)
+    return log, Writer(config, mesh, log, num_parameters=TOTAL)
 
 
 def save_third(mesh: Mesh, root: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
-from unittest import mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -24,7 +24,8 @@ from megalite.checkpoint.format import FileEntry, TensorSlice
 from megalite.checkpoint.retention import Retention
 from megalite.checkpoint.snapshots import Snapshot
 from megalite.checkpoint.store import newest, open_checkpoint
-from megalite.errors import CheckpointError
+from megalite.errors import CheckpointError, DivergedError
+from megalite.parallel.collectives import PeerError
 from megalite.parallel.mesh import Mesh
 from tests.checkpoint.helpers import check, save_step
 from tests.faults.acts import Held, open_writer
@@ -99,6 +100,18 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(commit, "_prepare", refuse)
     with pytest.raises(CheckpointError, match=r"Permission denied \(EACCES\).*make the folder writable"):
         save_step(SOLO, tmp_path, 1)
+
+
+def test_a_run_folder_in_one_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /scratch/NAME often is."""
+
+    def refuse(folder: Path) -> None:
+        if folder == tmp_path:
+            raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(commit, "fsync_folder", refuse)
+    save_step(SOLO, tmp_path / "run" / "checkpoints", 1)
+    check(open_checkpoint(tmp_path / "run"), 1)
 
 
 def test_old_ones_that_cannot_be_deleted_do_not_fail_the_save(
@@ -223,18 +236,26 @@ def test_the_last_save_must_succeed(tmp_path: Path) -> None:
     check(open_checkpoint(root), 1)
 
 
-def slow_saves(mesh: Mesh, root: str) -> tuple[float, list[str]]:
-    """Two saves in a row, the first slow to write: seconds of the first call, what each call found."""
-    log, writer = open_writer(mesh, root)
+@contextmanager
+def slow_disk() -> Iterator[None]:
+    """Each file takes half a second more."""
     original = commit.write_file
 
     def write_slowly(path: Path, slices: Sequence[TensorSlice]) -> FileEntry:
         time.sleep(0.5)
         return original(path, slices)
 
-    with mock.patch.object(commit, "write_file", write_slowly), log, writer:
+    with patch.object(commit, "write_file", write_slowly):
+        yield
+
+
+def slow_saves(mesh: Mesh, root: str) -> tuple[float, list[str]]:
+    """Two saves in a row, slow to write: seconds of the first, and of a step after it; what each found."""
+    log, writer = open_writer(mesh, root)
+    with slow_disk(), log, writer:
         began = time.perf_counter()
         writer.save(1, 10, {"version": 0}, Held(mesh, 1))
+        writer.poll()
         stall_s = time.perf_counter() - began
         before = (
             [name for name in os.listdir(root) if not name.endswith(".tmp")] if os.path.isdir(root) else []
@@ -255,3 +276,22 @@ def test_the_next_save_waits_for_the_one_before(tmp_path: Path) -> None:
         assert found == ["then", "step_00000001"]
     assert sorted(os.listdir(root)) == ["step_00000001", "step_00000002"]
     check(open_checkpoint(root), 2)
+
+
+def test_what_ends_a_run_does_not_end_its_save(tmp_path: Path) -> None:
+    root = tmp_path / "run" / "checkpoints"
+    log, writer = open_writer(SOLO, root)
+    with slow_disk(), pytest.raises(DivergedError), log, writer:
+        writer.save(1, 10, {"version": 0}, Held(SOLO, 1))
+        raise DivergedError("too many spikes")
+    check(open_checkpoint(root), 1)
+
+
+def test_a_peer_that_is_lost_is_no_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training would go on, and wait for it."""
+    monkeypatch.setattr("megalite.checkpoint.writer.save", Mock(side_effect=PeerError("gone")))
+    log, writer = open_writer(SOLO, tmp_path / "run" / "checkpoints")
+    with log:
+        writer.save(1, 10, {"version": 0}, Held(SOLO, 1))
+        with pytest.raises(PeerError):
+            writer.wait()

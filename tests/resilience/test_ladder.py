@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from megalite.checkpoint.commit import save
+from megalite.checkpoint.retention import Retention
+from megalite.recovery import Recovery
 from megalite.resilience.ladder import Ladder, Rollback, Spike, abandoned_from
 from megalite.resilience.rerun import Blame, blame
+from tests.checkpoint.helpers import owned
+from tests.ranks import SOLO
 from tests.trainer.runs import tiny
 
 ASKED = ("resilience.rewind_steps=100", "resilience.skip_steps=40", "train.steps=100000")
@@ -77,7 +82,7 @@ def test_too_many_rollbacks_are_not_allowed(tmp_path: Path) -> None:
         assert found.exhausted(Spike(onset, onset + 1, "wild")) is None
         go_back(found, rollback(onset))
     assert "2 rollbacks within 1000 steps" in str(found.exhausted(Spike(1900, 1901, "wild")))
-    for onset in (3000, 4500, 6000):
+    for onset in (2000, 4500, 6000):
         assert found.exhausted(Spike(onset, onset + 1, "wild")) is None
         go_back(found, rollback(onset))
     assert "5 rollbacks so far" in str(found.exhausted(Spike(9000, 9001, "wild")))
@@ -98,6 +103,39 @@ def test_the_state_goes_through_a_checkpoint_and_the_ledger_adds_to_it(tmp_path:
     second.load(first.state(), [rollback(1000, 800), later])
     assert second.rollbacks == [rollback(1000, 800), later]
     assert second.refused(1201, "wild") == Spike(1200, 1201, "wild")
+    assert second.refused_in_a_row == 2
+
+
+def test_from_the_seed_nothing_has_been_refused(tmp_path: Path) -> None:
+    """The steps of the life that ended there are to come again."""
+    recovery = Recovery(tiny(tmp_path, *ASKED), SOLO)
+    for step in (13, 14):
+        recovery.ladder.refused(step, "wild")
+    recovery.load(None, [rollback(13)])
+    assert recovery.ladder.refused(12, "wild") is None
+    assert recovery.ladder.refused_in_a_row == 1
+
+
+def test_a_step_that_is_applied_ends_a_row_of_refused_ones(tmp_path: Path) -> None:
+    recovery = Recovery(tiny(tmp_path, *ASKED), SOLO)
+    recovery.ladder.refused(13, "wild")
+    recovery.applied(14, 2.0, 1.0)
+    assert recovery.ladder.refused_in_a_row == 0
+
+
+def test_the_newest_checkpoint_of_no_future_that_was_left(tmp_path: Path) -> None:
+    """Back from step 1000 to 800, from 2000 to 1800 and to 1700, to snapshots; few checkpoints lie between.
+
+    That of 1850 was committed last, by a run that was killed before it had removed the later one.
+    """
+    a, b, c = rollback(1000, 800), rollback(2000, 1800), rollback(2000, 1700)
+    for step, known in ((700, []), (900, []), (1850, [a, b]), (1900, [a])):
+        ladder = {"rollbacks": [each.to_json() for each in known]}
+        meta = {"recovery": {"ladder": ladder}}
+        save(*(tmp_path / "run/checkpoints", step, 0, lambda: owned(0, 1, 0), meta, SOLO, Retention(9)))
+    recovery = Recovery(tiny(tmp_path, *ASKED), SOLO)
+    ledgers = [], [a], [a, b], [a, b, c]
+    assert [found.step for each in ledgers if (found := recovery.newest(each))] == [1900, 1900, 1850, 700]
 
 
 def test_checkpoints_of_a_future_that_was_left_are_known_by_the_ledger() -> None:
@@ -117,6 +155,7 @@ CALM = [(1.0, 2.0), (1.5, 2.5)]
         (([(math.nan, math.nan)], [(math.nan, math.nan)]), Blame("data")),
         (([(1.0, 2.0), (9.0, 2.5)], CALM, CALM), Blame("transient", (1,))),
         (([(1.0, 7.0), (1.5, 8.5)], CALM, CALM), Blame("transient", (0, 1))),
+        (([(1.0, 7.0), (9.0, 8.5)], CALM, CALM), Blame("transient", (1,))),  # the norms follow from the loss
         (([(math.nan, 2.0), (1.5, 2.5)], CALM, CALM), Blame("transient", (0,))),
         ((CALM, [(1.0, 2.0), (9.0, 2.5)], CALM), Blame("transient", (1,))),
         ((CALM, [CALM[0], (7.0, 2.5)], [CALM[0], (5.0, 2.5)]), Blame("persistent", (1,))),

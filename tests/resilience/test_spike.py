@@ -144,15 +144,16 @@ def test_a_climb_that_ends_is_none() -> None:
 
 
 def test_the_state_goes_through_a_checkpoint() -> None:
-    values = clean(700, 5)
-    whole, first = SpikeDetector(ResilienceConfig()), SpikeDetector(ResilienceConfig())
-    refused(whole, values)
-    refused(first, values[:333])
-    second = SpikeDetector(ResilienceConfig())
-    second.load(first.state())
-    for step, (loss, norm) in enumerate(values[333:].tolist(), 333):
-        second.accept(step + 1, loss, norm)
+    values = clean(70 * BLOCK, 5)  # more than is remembered of steps, and of blocks
+    whole, first, second, fresh = (SpikeDetector(ResilienceConfig()) for _ in range(4))
+    for step, (loss, norm) in enumerate(values.tolist()):
+        whole.accept(step + 1, loss, norm)
+        (first if step < 333 else second).accept(step + 1, loss, norm)
+        if step == 332:
+            second.load(first.state())
     assert second.state() == whole.state()
+    whole.forget()
+    assert whole.state() == fresh.state()
 
 
 def test_zero_turns_either_test_off() -> None:

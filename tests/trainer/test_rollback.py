@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,9 @@ from megalite.engines.engine import StepSums
 from megalite.engines.native import NativeEngine
 from megalite.errors import CheckpointError, ConfigError, DivergedError, PreemptedError
 from megalite.log import read_json_lines
-from megalite.meter import StepReport
+from megalite.meter import Measured, StepReport
 from megalite.parallel.mesh import Mesh
+from megalite.resilience.ladder import Rollback
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 from tests.daily import one_a_day
@@ -190,21 +192,26 @@ def test_killed_between_the_ledger_and_the_rollback(root: Path, alone: Mesh) -> 
     assert found == run(alone, oracle, [], "", [rollback.skipped])
 
 
-def test_a_rollback_that_cannot_be_written_down_is_not_done(root: Path, alone: Mesh) -> None:
-    trainer = Trainer(tiny(root, *SHORT), alone)
+def go_back_on_a_full_disk(mesh: Mesh, config: Config) -> int:
+    """The step this rank ends at."""
+    trainer = Trainer(config, lay_out(mesh, config))
     poison(trainer, batches(13, 16), "nan")
     commit = trainer.log.commit
 
     def on_a_full_disk(kind: str, step: int, **details: Any) -> None:
-        if kind == "rollback":
-            assert trainer.log._ledger is not None
+        if kind == "rollback" and trainer.log._ledger is not None:
             trainer.log._ledger._file = open("/dev/full", "w")
         commit(kind, step, **details)
 
     trainer.log.commit = on_a_full_disk  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match=r"cannot write .*ledger.jsonl: No space left on device"):
         trainer.fit(PreemptionFlag())
-    assert trainer.step == 14
+    return trainer.step
+
+
+def test_a_rollback_that_cannot_be_written_down_is_not_done(root: Path) -> None:
+    config = tiny(root, *SHORT, "train.micro_batch_size=12")
+    assert run_ranks(go_back_on_a_full_disk, 2, config) == [14, 14]
 
 
 @pytest.mark.slow
@@ -228,6 +235,16 @@ def test_a_ledger_that_was_tampered_with_is_named(root: Path, alone: Mesh, line:
         file.write(line + "\n")
     with pytest.raises(CheckpointError, match=r"ledger\.jsonl has a rollback that is not one"):
         Trainer(tiny(root, "train.steps=4"), alone)
+
+
+def test_what_any_rollback_left_out_stays_left_out(root: Path, alone: Mesh) -> None:
+    """Without a checkpoint that knows of them, too."""
+    told = [
+        Rollback(n, n + 1, "wild", 0, (24 * n, 24 * n + 24)).to_json() | {"event": "rollback"} for n in (3, 9)
+    ]
+    (root / "run").mkdir()
+    (root / "run/ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    assert Trainer(tiny(root), alone).loader.skips.ranges == ((72, 96), (216, 240))
 
 
 @pytest.mark.slow
@@ -257,13 +274,33 @@ def disturbed(mesh: Mesh, config: Config, wrong: list[float]) -> Any:
 
 
 def test_an_error_that_goes_away_is_the_hardware_s_and_costs_nothing(root: Path) -> None:
-    common = ["train.steps=8", "train.micro_batch_size=12"]
+    common = ["train.steps=8", "train.micro_batch_size=12", "mesh.pp=2"]
     found = run_ranks(disturbed, 2, tiny(root, *common), [math.nan])
     clean = run_ranks(disturbed, 2, tiny(root, *common, f"run_dir={root}/clean"), [])
     assert found == clean
     (event,) = [e for e in read_json_lines(root / "run/ledger.jsonl") if e["event"] == "hardware"]
     assert (event["cause"], event["ranks"], event["step"]) == ("transient", [1], 5)
     assert [r["events"] for r in metrics(root / "run")][4] == ["hardware"]
+
+
+def test_only_a_finite_loss_is_an_overflow(root: Path, alone: Mesh) -> None:
+    """That is computed once; a loss that is not finite once more, for no scale helps it."""
+    common = ["train.precision=fp16", "train.steps=3", f"train.loss_scale={2.0**28}"]
+    trainer = failing(tiny(root, *common, "train.micro_batch_size=24"), alone, {2})
+    computed, measure = [], trainer._measure
+
+    def counted(batches: list[Batch], wants_stop: bool) -> Measured:
+        computed.append(trainer.step + 1)
+        return measure(batches, wants_stop)
+
+    trainer._measure = counted  # type: ignore[method-assign]
+    trainer.fit(PreemptionFlag())
+    records = metrics(root / "run")
+    assert [record["events"] for record in records] == [["overflow"], ["skip"], ["overflow"]]
+    assert [record["lr"] for record in records] == pytest.approx(
+        [1e-2 / 3, 2e-2 / 3, 1e-2]
+    )  # warms up all the same
+    assert computed == [1, 2, 2, 3]
 
 
 def test_an_error_that_stays_ends_the_run_and_names_the_rank(root: Path) -> None:
@@ -362,12 +399,33 @@ def test_no_rollback_throws_a_whole_run_away(root: Path, alone: Mesh) -> None:
     config = tiny(root, *OFTEN, "checkpoint.every_steps=0")
     stop_at(failing(config, alone, {12}), 12)
     assert "loss" not in open_checkpoint(root / "run").meta  # it was none that compares
-    failing(config, alone, {13}).fit(PreemptionFlag())
+    resumed = failing(config, alone, {13})
+    assert (resumed.step, resumed.engine.applied_steps) == (12, 11)
+    resumed.fit(PreemptionFlag())
     (rollback,) = rollbacks(root / "run")
     assert (rollback.onset, rollback.to_step, rollback.skipped[0]) == (12, 12, 12 * BATCH)
     snapshots = ["checkpoint.snapshot_every_steps=4", "checkpoint.snapshots_kept=1", f"run_dir={root}/memory"]
     failing(tiny(root, *OFTEN, "checkpoint.every_steps=0", *snapshots), alone, {12, 13}).fit(PreemptionFlag())
     assert [rollback.to_step for rollback in rollbacks(root / "memory")] == [12]
+
+
+def test_a_kill_after_a_rollback_to_memory_costs_no_more_than_another(root: Path, alone: Mesh) -> None:
+    """The only checkpoint is of the future that was left; what was gone back to takes its place."""
+    common = [*OFTEN, "checkpoint.every_steps=8", "checkpoint.keep_last=1", "checkpoint.asynchronous=false"]
+    config = tiny(root, *common, "checkpoint.snapshot_every_steps=3")
+    trainer = failing(config, alone, {13, 14})
+    train_step = trainer.train_step
+
+    def killed(*args: Any) -> StepReport:
+        if trainer.step == 7 and rollbacks(root / "run"):
+            raise SystemExit(9)
+        return train_step(*args)
+
+    trainer.train_step = killed  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        trainer.fit(PreemptionFlag())
+    assert [rollback.to_step for rollback in rollbacks(root / "run")] == [6]
+    assert Trainer(config, alone).step == 6
 
 
 def test_being_asked_to_stop_at_the_step_that_makes_it_a_spike_changes_nothing(

@@ -8,12 +8,16 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 
 from megalite.config import Config
 from megalite.data.batch import Batch
+from megalite.data.loader import Share
+from megalite.engines.native import NativeEngine
 from megalite.errors import CheckpointError, DivergedError, PreemptedError
 from megalite.log import read_json_lines
 from megalite.meter import StepReport
@@ -220,6 +224,17 @@ def _train_until_killed(config: Config) -> None:
     close_mesh(mesh)
 
 
+def test_validation_leaves_the_gradients_alone(root: Path, alone: Mesh) -> None:
+    """Of as many micro-batches as a step has, too."""
+    trainer = Trainer(tiny(root), alone)
+    engine, batches = trainer.engine, trainer.loader.micro_batches(0, Share(24, 2))
+    assert isinstance(engine, NativeEngine)
+    engine.forward_backward(batches)
+    before = engine.optimizer.gradients.shard_values.clone()
+    engine.evaluate(batches)
+    assert torch.equal(engine.optimizer.gradients.shard_values, before)
+
+
 def test_being_asked_to_stop_at_a_step_that_is_validated_saves_at_once(root: Path, alone: Mesh) -> None:
     every = ["train.eval_every_steps=2", "train.steps=6"]
     trainer, flag = Trainer(tiny(root, *every), alone), PreemptionFlag()
@@ -233,6 +248,16 @@ def test_being_asked_to_stop_at_a_step_that_is_validated_saves_at_once(root: Pat
         trainer.fit(flag)
     assert [r["step"] for r in metrics(root / "run") if "val_loss" in r] == [2]
     assert [r["step"] for r in train(alone, tiny(root, *every)) if "val_loss" in r] == [2, 6]
+
+
+def test_a_run_that_is_asked_to_stop_and_cannot_be_saved_says_so(
+    root: Path, alone: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megalite.checkpoint.writer.save", Mock(side_effect=CheckpointError("no space")))
+    flag = PreemptionFlag()
+    flag._is_heard = True
+    with pytest.raises(CheckpointError, match="no space"):
+        Trainer(tiny(root), alone).fit(flag)
 
 
 def stop_in_validation(mesh: Mesh, config: Config) -> tuple[list[dict[str, Any]], int]:
