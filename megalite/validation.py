@@ -25,7 +25,7 @@ def validate(
     engine: Engine, loader: DataLoader, config: TrainConfig, mesh: Mesh, flag: PreemptionFlag | None = None
 ) -> dict[str, Any] | None:
     """Mean cross-entropy in nats over the validation samples: `val_loss` of all of them, and with several
-    datasets `val_losses` of those of each (nan where one has none among them).
+    datasets `val_losses` of those of each; nan where there is no label among them.
 
     None, on every rank, if the flag of any goes up: whoever asks a run to stop waits for its save.
 
@@ -45,7 +45,7 @@ def validate(
                 return None
             dataset_sums += vector[:2]
     loss, tokens = sums.unbind(1)
-    losses: dict[str, Any] = {"val_loss": float(loss.sum() / tokens.sum().clamp(min=1.0))}
+    losses: dict[str, Any] = {"val_loss": float(loss.sum() / tokens.sum())}
     return losses | ({"val_losses": (loss / tokens).tolist()} if len(sums) > 1 else {})
 
 

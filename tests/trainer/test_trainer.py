@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from megalite.checkpoint.store import open_checkpoint
 from megalite.config import Config
 from megalite.data.batch import Batch
 from megalite.data.loader import Share
@@ -58,6 +59,17 @@ def test_each_validation_dataset_has_a_loss_of_its_own(root: Path, alone: Mesh) 
     assert record["val_loss"] == pytest.approx(float(np.dot(losses, counts)) / sum(counts), rel=1e-6)
     ranks = run_ranks(train, 2, tiny(root, *common, both, f"run_dir={root}/two"))[0]
     assert ranks[-1]["val_losses"] == pytest.approx(losses, rel=1e-5)
+
+
+def test_validation_without_a_label_has_no_loss(
+    root: Path, alone: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the lowest one, which `checkpoint.keep_best` would keep for ever."""
+    trainer = Trainer(tiny(root, "train.steps=1", "train.eval_every_steps=1"), alone)
+    monkeypatch.setattr(trainer.engine, "evaluate", lambda batches: (0.0, 0.0))
+    trainer.fit(PreemptionFlag())
+    assert metrics(root / "run")[-1]["val_loss"] is None
+    assert "val_loss" not in open_checkpoint(root / "run").meta
 
 
 @pytest.mark.parametrize(("has_bf16", "notes"), [(True, 0), (False, 1)])
