@@ -65,7 +65,7 @@ def test_validation_without_a_label_has_no_loss(
     root: Path, alone: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not the lowest one, which `checkpoint.keep_best` would keep for ever."""
-    trainer = Trainer(tiny(root, "train.steps=1", "train.eval_every_steps=1"), alone)
+    trainer = Trainer(tiny(root, "train.steps=4", "train.eval_every_steps=4"), alone)
     monkeypatch.setattr(trainer.engine, "evaluate", lambda batches: (0.0, 0.0))
     trainer.fit(PreemptionFlag())
     assert metrics(root / "run")[-1]["val_loss"] is None
