@@ -87,6 +87,7 @@ def build_mesh(timeout_s: float = 600.0, shape: MeshShape | None = None) -> Mesh
     the backend is nccl, otherwise gloo. `shape` (all data-parallel by default) must fit the number of
     processes, see `Config.data_parallel_size`.
 
+    Comm:    one number over each group
     Raises:  ConfigError if the launcher's variables are incomplete or a local rank has no device
     """
     size, rank = world_size(), int(os.environ.get("RANK", "0"))
