@@ -17,6 +17,10 @@ from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 from tests.trainer.runs import curve, lay_out, metrics
 
+BATCH = 24  # samples a step
+SHORT = ["train.steps=24", "resilience.rewind_steps=4", "resilience.skip_steps=8"]
+SHORT += ["checkpoint.snapshots_kept=3"]
+
 
 def poison(trainer: Trainer, bad: range, how: str) -> None:
     """Have the batches that hold a sample of `bad` come out not finite, or wild, whatever the weights."""
@@ -31,6 +35,20 @@ def poison(trainer: Trainer, bad: range, how: str) -> None:
         return replace(sums, loss=2 * sums.loss, grad_norm_squared=400 * sums.grad_norm_squared)
 
     trainer.engine.forward_backward = poisoned  # type: ignore[method-assign]
+
+
+def failing(config: Config, mesh: Mesh, *steps: set[int]) -> Trainer:
+    """A run whose n-th life, from one rollback to the next, fails at the n-th of these sets of steps."""
+    trainer = Trainer(config, mesh)
+    compute, lives = trainer.engine.forward_backward, list(steps)
+
+    def erring(batches: list[Batch]) -> StepSums:
+        sums = compute(batches)
+        life = len(trainer.recovery.ladder.rollbacks)
+        return replace(sums, loss=math.nan) if life < len(lives) and trainer.step + 1 in lives[life] else sums
+
+    trainer.engine.forward_backward = erring  # type: ignore[method-assign]
+    return trainer
 
 
 def state_of(trainer: Trainer) -> list[Any]:
