@@ -51,6 +51,7 @@ def _agreed(contenders: list[str], precision: str = "fp32") -> np.ndarray:
     return np.array(rows)
 
 
+@pytest.mark.slow
 def test_data_parallel_contenders_take_the_same_steps():
     """Around our model, DeepSpeed apart, which the engine's own tests compare with."""
     names = ["megalite zero0", "megalite zero1", "megalite zero2", "megalite zero3"]
@@ -59,6 +60,7 @@ def test_data_parallel_contenders_take_the_same_steps():
     assert losses[0, 2] < losses[0, 0]
 
 
+@pytest.mark.slow
 def test_contenders_of_transformers_learn():
     names = ["alone", "ddp of transformers", "fsdp2 kept of transformers", "fsdp2 resharded of transformers"]
     losses = _agreed(names)
@@ -73,12 +75,14 @@ def test_bf16_contenders_take_about_the_same_steps():
     assert (losses[:, 2] < losses[:, 0]).all()
 
 
+@pytest.mark.slow
 def test_tensor_parallel_contenders_learn():
     losses = _agreed(["megalite tp", "megalite tp+sp", "dtensor tp", "dtensor tp+sp"])
     np.testing.assert_allclose(losses[1::2], losses[::2], rtol=1e-5)  # the tokens divided too, or not
     assert (losses[:, 2] < losses[:, 0]).all()
 
 
+@pytest.mark.slow
 def test_pipeline_contenders_take_the_same_steps():
     losses = _agreed(["megalite pp", "torch pp"])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)

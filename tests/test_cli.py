@@ -315,6 +315,7 @@ def test_work_goes_on_when_nobody_watches(
     assert main(["train", str(config), "train.steps=0"]) == 2
 
 
+@pytest.mark.slow
 def test_standard_files_that_are_closed(config: Path, tmp_path: Path) -> None:
     """As a daemon's are. What torch says of its own is not to land in the run's first files."""
     command = f"{sys.executable} -m megalite train {config} run_dir=run <&- >&- 2>&-"
@@ -353,6 +354,7 @@ def test_help_is_quick_because_torch_is_not_imported() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 def test_training_does_not_import_the_compiler_it_does_not_use(config: Path, tmp_path: Path) -> None:
     train = f"c.main(['train', {str(config)!r}, 'run_dir=run', 'train.precision=bf16'])"
     unused = "{'torch._dynamo', 'sympy'} & {*sys.modules}"

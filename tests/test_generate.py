@@ -60,6 +60,7 @@ def test_a_seed_is_a_text() -> None:
     assert draw(1) != draw(2)
 
 
+@pytest.mark.slow
 def test_sampled_frequencies_follow_the_filtered_distribution() -> None:
     p = torch.tensor([0.05, 0.4, 0.2, 0.3, 0.05])
     generator = torch.Generator().manual_seed(0)

@@ -70,6 +70,7 @@ def test_sizes_that_do_not_divide(data):
         data.steps(0, Share(24, 5))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     lives=st.lists(

@@ -189,6 +189,7 @@ def resident(name: str) -> int:
     return total
 
 
+@pytest.mark.slow
 def test_several_threads_may_read(tmp_path, monkeypatch):
     monkeypatch.setattr("megalite.data.shards.OPEN_BLOCKS", 3)
     documents = random_documents([40] * 200)
@@ -231,6 +232,7 @@ def test_no_dataset(tmp_path):
         Dataset(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compression", "batch_tokens"), [(None, 1 << 18), ("zstd", 1 << 16)])
 def test_a_hundred_billion_tokens_open_by_the_manifest_and_one_shard(tmp_path, compression, batch_tokens):
     """Of 1,600 shards only the first is here; how long it takes `benchmarks/loader.py` measures."""

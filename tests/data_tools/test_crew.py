@@ -169,6 +169,7 @@ def test_a_rank_is_seen_again_after_the_disk_was_full(
         assert (tmp_path / "ranks/00000-alive.json").exists()
 
 
+@pytest.mark.slow
 def test_waiting_names_who_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

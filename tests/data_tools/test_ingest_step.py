@@ -348,6 +348,7 @@ def test_pages_are_read_again_by_another_version(tmp_path: Path, monkeypatch: py
         ingest(tmp_path / "page", page)
 
 
+@pytest.mark.slow
 def test_the_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listing = list_source(SourceSettings(name="py", path=STDLIB))
     chosen = [piece for piece in listing.pieces if piece.name in ("topics", "json/decoder.py")]

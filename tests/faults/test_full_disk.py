@@ -269,6 +269,7 @@ def slow_saves(mesh: Mesh, root: str) -> tuple[float, list[str]]:
     return stall_s, [*before, "then", *between]
 
 
+@pytest.mark.slow
 def test_the_next_save_waits_for_the_one_before(tmp_path: Path) -> None:
     root = tmp_path / "run" / "checkpoints"
     for stall_s, found in run_ranks(slow_saves, 2, str(root)):

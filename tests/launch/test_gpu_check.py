@@ -40,6 +40,7 @@ def _gpu_check(*args: str, cwd: Path = ROOT, **environment: str) -> subprocess.C
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_and_exits_2(tmp_path: Path) -> None:
     done = _gpu_check("--out", str(tmp_path / "out"), cwd=tmp_path)
     assert done.returncode == 2
@@ -261,6 +262,7 @@ def _sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> 
     return checks.sanitizer("memcheck")
 
 
+@pytest.mark.slow
 def test_a_sanitizer_that_takes_too_long_leaves_nobody_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

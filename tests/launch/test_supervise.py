@@ -138,6 +138,7 @@ def test_a_signal_is_passed_on_and_the_save_waited_for(tmp_path: Path) -> None:
     assert "restart" not in said
 
 
+@pytest.mark.slow
 def test_after_a_signal_ranks_that_their_launcher_left_behind_are_waited_for(tmp_path: Path) -> None:
     # As ranks on another host: not below the supervisor, and still saving when deepspeed has gone with 1.
     shell = "trap 'touch $RUN/asked; exit 1' TERM; touch $RUN/ready; while :; do sleep 0.1; done"
@@ -174,6 +175,7 @@ def test_what_does_not_listen_is_killed_after_the_grace(tmp_path: Path, orphan: 
     assert not orphan()
 
 
+@pytest.mark.slow
 def test_ranks_of_a_dead_launcher_save_and_end_before_the_restart(
     tmp_path: Path, orphan: Callable[[], bool]
 ) -> None:

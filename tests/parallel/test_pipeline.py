@@ -17,7 +17,6 @@ from megalite.parallel.mesh import Axis, Mesh
 from megalite.parallel.pipeline import Pipeline, Program, StageForward, Transfer, build_programs
 from megalite.parallel.schedule import Action, Kind, build_evaluation, build_schedule
 from megalite.parallel.timeline import simulate
-from tests.daily import one_a_day
 from tests.parallel.test_schedule import cases
 from tests.ranks import SOLO, run_ranks
 
@@ -141,7 +140,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("pp", one_a_day(2, 1, 3, 4))
+@pytest.mark.slow
+@pytest.mark.parametrize("pp", [1, 2, 3, 4])
 def test_losses_and_gradients_are_those_of_one_process(pp: int) -> None:
     listed = [case for case in CASES if case.pp == pp]
     ranks = run_ranks(train_all, pp, listed) if pp > 1 else [train_all(SOLO, listed)]

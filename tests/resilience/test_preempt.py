@@ -122,6 +122,7 @@ print(flag.cause, flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "cause"), [({"TORCHELASTIC_RUN_ID": "x"}, "launcher gone"), ({}, None)]
 )

@@ -14,6 +14,7 @@ import pytest
 
 from megalite.config import ResilienceConfig
 from megalite.resilience.spike import BLOCK, MIN_HISTORY, SpikeDetector
+from tests.daily import one_a_day
 
 # Loss and gradient norm as the BLOOM run reported them.
 BLOOM_LOSS = [2.20, 2.30, 2.60, 3.40, 4.30, 5.10]
@@ -101,7 +102,7 @@ def test_a_calm_run_may_still_rise_a_little() -> None:
     assert detector.judge(2.0, 1.01) == "wild"
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", one_a_day(*range(20)))
 def test_a_slow_divergence_is_found_with_its_onset(seed: int) -> None:
     """A third more loss over a thousand steps, never a wild step among them."""
     onset = 2000

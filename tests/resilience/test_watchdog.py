@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from megalite.resilience import watchdog
 from megalite.resilience.watchdog import Watchdog
 from tests.ranks import SOLO, join_ranks, spawn_ranks
@@ -51,6 +53,7 @@ def test_a_process_alone_that_hangs_ends_with_76(tmp_path: Path) -> None:
     assert "in alone" in report.read_text()
 
 
+@pytest.mark.slow
 def test_time_between_steps_and_time_stopped_do_not_count(tmp_path: Path) -> None:
     resting, stopped = (spawn_ranks(alone, 1, str(tmp_path), what)[0] for what in ("rest", "stop"))
     limit = time.monotonic() + 60

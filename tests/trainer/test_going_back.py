@@ -81,6 +81,7 @@ def test_a_kill_after_a_rollback_to_memory_costs_no_more_than_another(root: Path
     assert Trainer(config, alone).step == 6
 
 
+@pytest.mark.slow
 def test_being_asked_to_stop_at_the_step_that_makes_it_a_spike_changes_nothing(
     root: Path, alone: Mesh
 ) -> None:

@@ -79,6 +79,7 @@ def test_a_run_is_that_of_a_plain_loop(root: Path, alone: Mesh) -> None:
         torch.testing.assert_close(found.read("weight", name).view_as(p), p.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_the_loss_scale(root: Path, alone: Mesh) -> None:
     common = ["train.steps=6", "train.precision=fp16", "optim.eps=1e-2", "optim.warmup_steps=0"]
     one, other = (

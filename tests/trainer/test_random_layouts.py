@@ -19,6 +19,7 @@ from megalite.errors import PreemptedError
 from megalite.parallel.mesh import Mesh
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
+from tests.daily import one_a_day
 from tests.ranks import SOLO, run_ranks
 from tests.trainer.runs import VOCAB, lay_out, metrics
 
@@ -138,15 +139,11 @@ def _train(mesh: Mesh, config: Config, stop: int) -> list[dict[str, Any]]:
 
 
 # Seeds, and the processes before and after the stop.
-CASES = [(seed, (2, 2)) for seed in range(4)]
-SLOW_CASES = [(seed, worlds) for worlds in ((2, 2), (4, 3), (4, 6)) for seed in range(4, 9)]
+CASES = [(seed, (2, 2)) for seed in range(9)]
+CASES += [(seed, worlds) for worlds in ((4, 3), (4, 6)) for seed in range(4, 9)]
 
 
-@pytest.mark.parametrize(
-    ("seed", "worlds"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)],
-    ids=str,
-)
+@pytest.mark.parametrize(("seed", "worlds"), one_a_day(*CASES), ids=str)
 def test_any_features_on_any_layouts(root: Path, seed: int, worlds: tuple[int, int]) -> None:
     values, parts = _draw(seed, worlds)
     sources = {"sources": [{"path": str(root / "train")}], "validation": [{"path": str(root / "valid")}]}

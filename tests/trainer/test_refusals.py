@@ -21,6 +21,7 @@ from megalite.errors import BusyError, CheckpointError, ConfigError, DataError
 from megalite.parallel.mesh import Mesh
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
+from tests.daily import one_a_day
 from tests.ranks import run_ranks
 from tests.trainer.runs import tiny, train, write_dataset
 
@@ -185,7 +186,7 @@ def _expect_busy(mesh: Mesh, config: Config) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("is_new", [True, False])
+@pytest.mark.parametrize("is_new", one_a_day(True, False))
 def test_a_second_run_in_the_folder_does_not_start(root: Path, alone: Mesh, is_new: bool) -> None:
     if not is_new:
         train(alone, tiny(root, "train.steps=3"))

@@ -111,6 +111,7 @@ def test_one_bad_batch_costs_that_batch_and_no_more(root: Path, alone: Mesh) -> 
     assert state == same
 
 
+@pytest.mark.slow
 def test_steps_without_a_label_are_no_spike(root: Path, alone: Mesh) -> None:
     trainer = Trainer(tiny(root, *SHORT), alone)
     gather = trainer.loader._gather
@@ -144,6 +145,7 @@ def test_samples_left_out_by_hand(root: Path, alone: Mesh) -> None:
         Trainer(tiny(root, "train.steps=9", "data.skip=[[0, 24]]", f"run_dir={root}/a"), alone)
 
 
+@pytest.mark.slow
 def test_a_rollback_to_before_a_change_of_the_batch_size(root: Path, alone: Mesh) -> None:
     """Steps before it had other samples; what was read stays read, and the bad batches are left out."""
     common = [*SHORT, "resilience.skip_steps=12", "checkpoint.every_steps=4", "checkpoint.keep_last=9"]

@@ -165,7 +165,7 @@ def _stop_after(mesh: Mesh, config: Config, steps: int) -> None:
 
 @pytest.mark.parametrize(
     ("world", "layout"),
-    [(1, []), (2, ["mesh.zero_stage=3"]), (2, ["mesh.tp=2"]), (2, ["mesh.pp=2"])],
+    one_a_day((2, ["mesh.zero_stage=3"]), (1, []), (2, ["mesh.tp=2"]), (2, ["mesh.pp=2"])),
     ids=str,
 )
 def test_fp16_lowers_its_scale_on_all_ranks_until_no_gradient_overflows(
@@ -288,6 +288,7 @@ def stop_in_validation(mesh: Mesh, config: Config) -> tuple[list[dict[str, Any]]
     return metrics(Path(config.run_dir)), pieces.count(4)
 
 
+@pytest.mark.slow
 def test_being_asked_to_stop_in_a_validation_saves_at_once(root: Path, alone: Mesh) -> None:
     common = ["train.steps=6", "train.eval_every_steps=2", "train.eval_samples=50", "checkpoint.keep_best=1"]
     config = tiny(root, *common, "train.micro_batch_size=1", "model.num_layers=1")
