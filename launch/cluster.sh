@@ -2,14 +2,15 @@
 # Train on several hosts: deepspeed's launcher starts the processes over ssh, with pdsh.
 #
 #   launch/cluster.sh --hostfile FILE [--interface NAME] [--master-addr ADDRESS] [--master-port PORT]
-#                     CONFIG.toml [section.key=value ...]
+#                     [--check] CONFIG.toml [section.key=value ...]
 #
 #   launch/cluster.sh --hostfile hosts --interface eth0 configs/1b.toml run_dir=/shared/runs/a
 #
 # FILE has a line "HOST slots=PROCESSES" for each host. Every host sees this folder, the data and run_dir
 # under the same paths, and lets the others in by ssh key. --interface names the network device the
 # processes talk over; the address is the first host's, which the others must reach. Variables for all
-# hosts, one NAME=VALUE a line, are taken from ~/.deepspeed_env. See docs/clusters.md.
+# hosts, one NAME=VALUE a line, are taken from ~/.deepspeed_env. With --check nothing is trained, but
+# `megalite check` says whether all these processes compute what they should. See docs/clusters.md.
 
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -17,10 +18,10 @@ if [ -x "$root/.venv/bin/python" ]; then export PATH="$root/.venv/bin:$PATH"; fi
 
 mistake() { echo "cluster: $1; see launch/cluster.sh --help" >&2; exit 2; }
 
-hostfile='' interface='' config='' options=()
+hostfile='' interface='' config='' command=train options=()
 while [ $# -gt 0 ]; do
     case $1 in
-    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     --hostfile | --interface | --master-addr | --master-port)
         [ $# -ge 2 ] || mistake "$1 needs a value"
         case $1 in
@@ -29,6 +30,7 @@ while [ $# -gt 0 ]; do
         *) name=${1#--}; options+=("--${name/-/_}" "$2") ;; # deepspeed's own, spelt with _
         esac
         shift 2 ;;
+    --check) command=check; shift ;;
     -*) mistake "unknown option $1" ;;
     *) config=$1; break ;;
     esac
@@ -71,4 +73,4 @@ for word in "$@"; do
 done
 # --force_multi: over ssh also when the file names one host, so that there is always a remote shell.
 exec deepspeed --force_multi --hostfile "$hostfile" "${options[@]}" --module \
-    megalite train "${words[@]}"
+    megalite "$command" "${words[@]}"

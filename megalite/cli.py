@@ -8,7 +8,7 @@ import faulthandler
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from megalite.resilience.preempt import PreemptionFlag
 
 if TYPE_CHECKING:
     from megalite.config import Config
+    from megalite.parallel.mesh import Mesh
 
 _TRAIN_HELP = """\
 Train a model, or continue a run: if run_dir holds a checkpoint, the newest whole one is where it
@@ -34,6 +35,20 @@ examples:
 
 exit codes: 0 done, 2 a mistake in the input, 75 stopped after a save, 77 diverged, 76 a rank hung or was
 lost, or another run is at work in run_dir or on the port
+"""
+
+_CHECK_HELP = """\
+Compute three steps of a run in its own configuration and in the plainest one (fp32, nothing divided, nothing
+compiled), and compare loss, gradient norm and every parameter's gradient. On the machines, with the launcher
+and on the data of the run to come, it says within a minute or two whether they give the right answer, and if
+not, whether kernels, layout, precision or compiler do not. It writes nothing.
+
+examples:
+  megalite check configs/quickstart.toml
+  torchrun --standalone --nproc-per-node 8 -m megalite check configs/8b.toml mesh.tp=4 'data.sources=[…]'
+
+It takes three layers of the model (more with more pipeline stages, all with mesh.pp_layers), each process
+holding them whole. Exit codes: 0 they agree, 1 they do not, 2 a mistake in the input.
 """
 
 _PLAN_HELP = """\
@@ -174,10 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="`megalite train --keys` lists every configuration key with its meaning and default.",
     )
-    train.add_argument("config", nargs="?", help="TOML file; see configs/")
-    train.add_argument(
-        "settings", nargs="*", metavar="section.key=value", help="values that replace the file's"
-    )
+    _add_config(train, is_needed=False)
     train.add_argument(
         "--dry-run",
         action="store_true",
@@ -185,10 +197,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--keys", action="store_true", help="print every configuration key and leave")
     train.set_defaults(func=_train)
+    _add_check(commands)
     _add_plan(commands)
     _add_spikes(commands)
     _add_other_commands(commands)
     return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, is_needed: bool) -> None:
+    parser.add_argument("config", nargs=None if is_needed else "?", help="TOML file; see configs/")
+    parser.add_argument(
+        "settings", nargs="*", metavar="section.key=value", help="values that replace the file's"
+    )
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="see on this machine whether a configuration computes what it should",
+        description=_CHECK_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_config(parser, is_needed=True)
+    parser.set_defaults(func=_check)
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -246,7 +277,21 @@ def _train(args: argparse.Namespace) -> int:
     # Before the seconds that loading torch and meeting the other ranks take: a signal meant to make the
     # run save and leave must find someone who listens, or this rank dies of it and the others hang.
     with PreemptionFlag() as flag:
-        return _run(config, flag)
+        from megalite.trainer import Trainer
+
+        def fit(mesh: Mesh) -> int:
+            Trainer(config, mesh).fit(flag)
+            return 0
+
+        return _on_ranks(config, fit)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from megalite.check import check
+    from megalite.config_file import load_config
+
+    config = load_config(args.config, args.settings)
+    return _on_ranks(config, lambda mesh: check(config, mesh))
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -269,11 +314,11 @@ def _spikes(args: argparse.Namespace) -> int:
     return show(args)
 
 
-def _run(config: Config, flag: PreemptionFlag) -> int:
+def _on_ranks(config: Config, work: Callable[[Mesh], int]) -> int:
+    """Do `work` together with the other processes of the launcher, in the layout of `config`."""
     import torch.distributed as dist
 
     from megalite.parallel.mesh import MeshShape, build_mesh, close_mesh, world_size
-    from megalite.trainer import Trainer
 
     with suppress(AttributeError, OSError, ValueError):  # a stderr that is no file, as under pytest
         faulthandler.enable()  # a backend that aborts says from where it was called
@@ -296,14 +341,14 @@ def _run(config: Config, flag: PreemptionFlag) -> int:
             f"({first_line(error)}); is every host up, and that port free and reachable?"
         ) from error
     try:
-        Trainer(config, mesh).fit(flag)
+        code = work(mesh)
     except dist.DistError as error:
         raise HangError(
             f"a peer is gone or silent for {timeout_s:.0f} s "
             f"({first_line(error)}); start the same command again to continue"
         ) from error
     close_mesh(mesh)
-    return 0
+    return code
 
 
 def _dry_run(config: Config) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megalite.config import Config
-from megalite.engines.engine import StepSums
+from megalite.data.batch import Batch
+from megalite.engines.engine import Engine, StepSums
 from megalite.model.flops import peak_flops, token_flops
+from megalite.parallel.collectives import all_reduce
 from megalite.parallel.mesh import Mesh
 
 
@@ -25,6 +31,11 @@ class Measured:
     has_replaced: bool  # whether any rank could not read one of its samples
     sums: StepSums
 
+    def grad_scale(self, clip: float) -> float:
+        """What the engine's gradients are multiplied by: the correction, and clipping of the global norm to
+        `clip`; 0 never clips."""
+        return self.correction * (min(1.0, clip / self.grad_norm) if clip and self.grad_norm > 0 else 1.0)
+
 
 @dataclass(frozen=True)
 class StepReport(Measured):
@@ -33,6 +44,25 @@ class StepReport(Measured):
     is_applied: bool  # whether the weights moved
     is_overflow: bool  # not applied, but a smaller loss scale may do (fp16)
     cause: str  # why it was not applied: no labels; if it was computed again: data, or the hardware
+
+
+def measure(
+    engine: Engine, micro_batches: Sequence[Batch], config: Config, mesh: Mesh, wants_stop: bool = False
+) -> Measured:
+    """Gradients of a step, and what all ranks know of it after the step's one small all-reduce.
+
+    Every later decision is a function of that.
+    """
+    sums = engine.forward_backward(micro_batches)
+    flags = float(wants_stop), float(any(batch.replaced for batch in micro_batches))
+    values = (sums.loss, sums.z_loss, sums.tokens, sums.grad_norm_squared, *flags)
+    vector = torch.tensor(values, dtype=torch.float64, device=mesh.device)
+    loss, z_loss, tokens, squared, stop, replaced = all_reduce(vector, mesh.world).tolist()
+    valid = max(tokens, 1.0)
+    # The engine divided by the batch's nominal token count; labels that are ignored make it fewer.
+    correction = config.tokens_per_step / valid
+    norm = correction * math.sqrt(squared) if squared >= 0 else math.nan
+    return Measured(loss / valid, z_loss / valid, norm, int(tokens), correction, stop > 0, replaced > 0, sums)
 
 
 class Meter:

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megalite.agreement import agree_on_config, agree_on_data, together
 from megalite.checkpoint.snapshots import KeptSnapshot
@@ -25,14 +23,13 @@ from megalite.config_file import changed_keys
 from megalite.data.batch import Batch
 from megalite.data.loader import Share
 from megalite.engines.allocator import keep_freed_memory
+from megalite.engines.choice import engine_class
 from megalite.engines.engine import Engine
-from megalite.engines.native import NativeEngine
 from megalite.errors import CheckpointError, ConfigError, DataError, DivergedError, PreemptedError
 from megalite.log import LEDGER, RunLog
-from megalite.meter import Measured, Meter, StepReport
+from megalite.meter import Measured, Meter, StepReport, measure
 from megalite.model.flops import has_products
 from megalite.optim.lr import learning_rate
-from megalite.parallel.collectives import all_reduce
 from megalite.parallel.mesh import Mesh
 from megalite.recovery import Recovery
 from megalite.resilience.ladder import Rollback, Spike
@@ -61,7 +58,7 @@ class Trainer:
             keep_freed_memory()
         self.loader, self.validation = open_loaders(config, mesh)
         agree_on_data([loader for loader in (self.loader, self.validation) if loader is not None], mesh)
-        self.engine: Engine = together(self._engine_class, mesh)(config, mesh)
+        self.engine: Engine = together(partial(engine_class, config, mesh.device), mesh)(config, mesh)
         self.step = 0  # optimizer steps taken or skipped
         self.position = 0  # samples consumed
         self.tokens = 0  # valid labels trained on
@@ -152,7 +149,7 @@ class Trainer:
 
         Raises:  DivergedError, on every rank, if a step comes out differently each time it is computed
         """
-        measured = self._measure(micro_batches, wants_stop)
+        measured = measure(self.engine, micro_batches, self.config, self.mesh, wants_stop)
         verdict = self.recovery.detector.judge(measured.loss, measured.grad_norm)
         scale = self.engine.loss_scale
         is_overflow = verdict == "not finite" and math.isfinite(measured.loss) and scale.can_shrink
@@ -164,29 +161,9 @@ class Trainer:
         if verdict == "healthy" and not is_applied:
             cause = "no labels"
         if is_applied:
-            clip, norm = self.config.optim.grad_clip, measured.grad_norm
-            clipping = min(1.0, clip / norm) if clip and norm > 0 else 1.0
-            self.engine.optimizer_step(lr, measured.correction * clipping)
+            self.engine.optimizer_step(lr, measured.grad_scale(self.config.optim.grad_clip))
         scale.update(verdict != "not finite")
         return StepReport(**vars(measured), is_applied=is_applied, is_overflow=is_overflow, cause=cause)
-
-    def _measure(self, micro_batches: list[Batch], wants_stop: bool) -> Measured:
-        """Gradients of the step, and what all ranks know of it after the step's one small all-reduce.
-
-        Every later decision is a function of that.
-        """
-        sums = self.engine.forward_backward(micro_batches)
-        flags = float(wants_stop), float(any(batch.replaced for batch in micro_batches))
-        values = (sums.loss, sums.z_loss, sums.tokens, sums.grad_norm_squared, *flags)
-        vector = torch.tensor(values, dtype=torch.float64, device=self.mesh.device)
-        loss, z_loss, tokens, squared, stop, replaced = all_reduce(vector, self.mesh.world).tolist()
-        valid = max(tokens, 1.0)
-        # The engine divided by the batch's nominal token count; labels that are ignored make it fewer.
-        correction = self.config.tokens_per_step / valid
-        norm = correction * math.sqrt(squared) if squared >= 0 else math.nan
-        return Measured(
-            loss / valid, z_loss / valid, norm, int(tokens), correction, stop > 0, replaced > 0, sums
-        )
 
     def _measure_again(self, first: Measured, micro_batches: list[Batch]) -> tuple[Measured, str]:
         """A refused step once more, twice if the second run differs: the last run, and who is to blame.
@@ -196,7 +173,7 @@ class Trainer:
         runs = [first]
         shares = [self.recovery.shares(first.sums)]
         while len(runs) < 2 or (len(runs) < 3 and changed_ranks(shares[0], shares[1])):
-            runs.append(self._measure(micro_batches, first.is_preempted))
+            runs.append(measure(self.engine, micro_batches, self.config, self.mesh, first.is_preempted))
             shares.append(self.recovery.shares(runs[-1].sums))
         found = blame(*shares)
         if found.cause == "data":
@@ -241,14 +218,6 @@ class Trainer:
         }
 
     # --- start ----------------------------------------------------------------------------------
-
-    def _engine_class(self) -> Callable[[Config, Mesh], Engine]:
-        if self.config.mesh.zero_engine == "native":
-            return NativeEngine
-        from megalite.engines import deepspeed  # imported when asked for: it takes seconds
-
-        deepspeed.load(self.mesh.device, self.config.train.precision)
-        return deepspeed.DeepSpeedEngine
 
     def _restore(self, found: Checkpoint | KeptSnapshot | None, ledger: list[Rollback]) -> None:
         """Go on from a checkpoint that verifies or from a snapshot; without either from the seed.

@@ -119,9 +119,18 @@ def test_local_cpu_trains_with_overrides(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_slurm_job_that_is_signalled_saves_and_goes_back_to_the_queue(tmp_path: Path) -> None:
-    """With stand-ins for srun, which starts two tasks and treats signals as srun does (it hands
-    USR1 to the tasks and kills them on TERM), and for scontrol."""
+def test_local_cpu_checks(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "train", seed=1, documents=40)
+    (tmp_path / "tiny.toml").write_text(to_toml(tiny(tmp_path, "data.validation=[]")))
+    done = _run("local_cpu.sh", "-n", "2", "--check", "tiny.toml", "mesh.tp=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "dp 1 × pp 1 × tp 2" in done.stdout
+    assert done.stdout.endswith("all agree\n")
+
+
+def _slurm(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
+    """A job of tiny.toml with stand-ins for srun, which starts two tasks and treats signals as srun does (it
+    hands USR1 to the tasks and kills them on TERM), and for scontrol."""
     write_dataset(tmp_path / "train", seed=1, documents=40)
     write_dataset(tmp_path / "valid", seed=2, documents=10)
     (tmp_path / "tiny.toml").write_text(to_toml(tiny(tmp_path, "train.steps=100000", "optim.warmup_steps=3")))
@@ -147,17 +156,32 @@ exit "$worst" """,
     )
     path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(LAUNCH.parent), "SLURM_NTASKS": "2"}
-    process = subprocess.Popen(
-        ["bash", str(LAUNCH / "slurm.sbatch"), "tiny.toml", "run_dir=run"],
+    return subprocess.Popen(
+        ["bash", str(LAUNCH / "slurm.sbatch"), *words],
         cwd=tmp_path,
         env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "SLURM_JOB_NODELIST": "here", **job},
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.slow
+def test_a_slurm_job_checks(tmp_path: Path) -> None:
+    process = _slurm(tmp_path, "--check", "tiny.toml", "run_dir=run", "mesh.pp=2")
+    printed, said = process.communicate(timeout=90)
+    assert process.returncode == 0, said
+    assert printed.endswith("all agree\n")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_is_signalled_saves_and_goes_back_to_the_queue(tmp_path: Path) -> None:
+    process = _slurm(tmp_path, "tiny.toml", "run_dir=run")
     while process.poll() is None and not (tmp_path / "run/metrics.jsonl").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)  # to the batch shell alone, as --signal=B: does
     said = process.communicate(timeout=150)[1]
     assert process.returncode == 75, said
-    assert (tmp_path / "asked").read_text() == f"requeue {job['SLURM_JOB_ID']}\n"
+    assert (tmp_path / "asked").read_text() == f"requeue {os.getpid()}\n"
     assert len(list((tmp_path / "run/checkpoints").glob("step_*"))) == 1

@@ -63,10 +63,16 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def _start(
-    folder: Path, host: Host, run: str, *overrides: str, before: tuple[str, ...] = ()
+    folder: Path,
+    host: Host,
+    run: str,
+    *overrides: str,
+    before: tuple[str, ...] = (),
+    options: tuple[str, ...] = (),
 ) -> subprocess.Popen[str]:
-    """The cluster launcher, started on `host`, with what comes `before` it."""
-    words = ["--hostfile", "hosts", "--interface", "eth0", str(folder / "tiny.toml"), f"run_dir={run}"]
+    """The cluster launcher, started on `host`, with what comes `before` it and more `options`."""
+    words = ["--hostfile", "hosts", "--interface", "eth0", *options]
+    words += [str(folder / "tiny.toml"), f"run_dir={run}"]
     return subprocess.Popen(
         host.command("env", "-C", str(folder), *before, str(ROOT / "launch/cluster.sh"), *words, *overrides),
         env=_environment(folder),
@@ -115,6 +121,15 @@ def test_two_hosts_give_the_curve_of_one_process(
     assert process.returncode == 0, output
     assert len([line for line in peers.splitlines() if ":22 " not in line]) >= 2, peers  # store and gloo
     _same_curve(metrics(folder / "two"), alone)
+
+
+def test_two_hosts_are_checked(folder: Path, hosts: tuple[Host, Host]) -> None:
+    process = _start(folder, hosts[0], "checked", "mesh.tp=2", options=("--check",))
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode == 0, output
+    assert "dp 1 × pp 1 × tp 2" in output
+    assert "all agree" in output
+    assert not (folder / "checked").exists()
 
 
 def test_a_cut_cable_ends_the_run_and_the_same_command_continues_it(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from megalite.config import Config
 from megalite.data.batch import Batch
 from megalite.engines.engine import StepSums
 from megalite.log import read_json_lines
-from megalite.meter import Measured
 from megalite.parallel.mesh import Mesh
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
@@ -52,13 +52,13 @@ def test_only_a_finite_loss_is_an_overflow(root: Path, alone: Mesh) -> None:
     """That is computed once; a loss that is not finite once more, for no scale helps it."""
     common = ["train.precision=fp16", "train.steps=3", f"train.loss_scale={2.0**28}"]
     trainer = failing(tiny(root, *common, "train.micro_batch_size=24"), alone, {2})
-    computed, measure = [], trainer._measure
+    computed, forward_backward = [], trainer.engine.forward_backward
 
-    def counted(batches: list[Batch], wants_stop: bool) -> Measured:
+    def counted(batches: Sequence[Batch]) -> StepSums:
         computed.append(trainer.step + 1)
-        return measure(batches, wants_stop)
+        return forward_backward(batches)
 
-    trainer._measure = counted  # type: ignore[method-assign]
+    trainer.engine.forward_backward = counted  # type: ignore[method-assign]
     trainer.fit(PreemptionFlag())
     records = metrics(root / "run")
     assert [record["events"] for record in records] == [["overflow"], ["skip"], ["overflow"]]
