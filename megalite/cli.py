@@ -145,6 +145,7 @@ def _command(argv: Sequence[str] | None) -> int:
         return 2
     try:
         code: int = args.func(args)
+        sys.stdout.flush()
     except MegaliteError as error:
         return _fail(error)
     except BrokenPipeError:  # the reader of our output (head, a pager) has left
@@ -154,10 +155,18 @@ def _command(argv: Sequence[str] | None) -> int:
         if not isinstance(left.__context__, BrokenPipeError):
             raise
         return 0  # rich has done the same, and would exit with 1
-    except OSError as error:  # any other may pass with a restart, which exit code 2 would rule out
-        if error.errno != errno.ENAMETOOLONG:
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _fail(ConfigError(f"path {str(error.filename)[:60]}… is longer than the system takes"))
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return _fail(ConfigError(f"path {str(error.filename)[:60]}… is longer than the system takes"))
+        where = "the output" if error.filename is None else str(error.filename)
+        print(f"megalite: {error.strerror}: {where} is not whole", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would try again, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1  # it may pass with a restart, which exit code 2 would rule out
     except KeyboardInterrupt:
         return 130
     return code

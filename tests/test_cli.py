@@ -323,6 +323,19 @@ def test_standard_files_that_are_closed(config: Path, tmp_path: Path) -> None:
     assert len(metrics(tmp_path / "run")) == 6
 
 
+@pytest.mark.parametrize("command", ["data show {} --documents 9", "plan --draw gpipe", "train --keys"])
+def test_an_output_without_room_is_said_in_one_line(config: Path, tmp_path: Path, command: str) -> None:
+    words = command.format(config.parent / "train")
+    done = _run("bash", "-c", f"{sys.executable} -m megalite {words} >/dev/full", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "megalite: No space left on device: the output is not whole\n"
+
+
+def test_a_dataset_is_no_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(config.parent / "train"), "--prompt", "x"]) == 2
+    assert capsys.readouterr().err.endswith("train is a dataset; give a run folder or a checkpoint\n")
+
+
 def test_a_reader_of_documents_who_has_seen_enough(config: Path, tmp_path: Path) -> None:
     show = f"{sys.executable} -m megalite data show {config.parent / 'train'} --documents 1000 --tokens 1000"
     assert _run("bash", "-c", f"set -o pipefail; {show} | head -n1", cwd=tmp_path).returncode == 0

@@ -250,6 +250,8 @@ def read_manifest(path: Path) -> Manifest:
     _check_length(raw, str(path))
     body = raw[_SEAL_HEAD:-2]
     if raw != _SEAL % (zlib.crc32(body), body):
+        if re.match(rb'\s*\{\s*"format":\s*"megalite-shards"', raw):
+            raise CheckpointError(f"{path.parent} is a dataset; give a run folder or a checkpoint")
         raise CheckpointError(f"{path} is damaged: its {len(raw):,} bytes do not match its own CRC")
     version = re.match(rb'\{"format":"megalite-checkpoint","version":(\d{1,9}),', body)
     if version and int(version[1]) != VERSION:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megalite.errors import ConfigError
 from megalite.parallel.schedule import Action, Kind, Message, Schedule, consumed, count_stages, produced
 
 UNIT_DURATIONS: Mapping[Kind, float] = {
@@ -19,6 +20,9 @@ UNIT_DURATIONS: Mapping[Kind, float] = {
     Kind.WEIGHT_GRAD: 1,
 }
 """A backward costs two forwards, its halves one each: each is one product per weight matrix."""
+
+
+_DRAWN = 10**7  # cells
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,12 @@ def simulate(schedule: Schedule, durations: Mapping[Kind, float] = UNIT_DURATION
     done: set[Action] = set()
     ready: dict[Message | None, float] = {None: 0.0}  # what waits for no message can always start
 
-    def runnable() -> int | None:
-        return next(
-            (r for r, queue in enumerate(queues) if queue and consumed(queue[0], stages) in ready), None
-        )
-
-    while (rank := runnable()) is not None:
+    awake = deque(range(len(schedule)))  # ranks that may not be waiting for a message
+    while awake:
+        rank = awake[0]
+        if not queues[rank] or consumed(queues[rank][0], stages) not in ready:
+            awake.popleft()
+            continue
         action = queues[rank].popleft()
         _check_place(action, rank, len(schedule), done)
         start = max(spans[rank][-1].end if spans[rank] else 0.0, ready[consumed(action, stages)])
@@ -85,6 +89,7 @@ def simulate(schedule: Schedule, durations: Mapping[Kind, float] = UNIT_DURATION
         done.add(action)
         if message := produced(action, stages):
             ready[message] = span.end
+            awake.append(message.stage % len(schedule))
         _account(action, held[rank])
         peaks[rank] = max(peaks[rank], len(held[rank]))
     if stuck := [f"rank {rank} at {queue[0]}" for rank, queue in enumerate(queues) if queue]:
@@ -97,9 +102,16 @@ def draw(timeline: Timeline, title: str = "") -> str:
 
     Durations are meant to be whole; an action is drawn from its start, rounded down, to its end. With
     several chunks a letter says which of the rank's chunks it is: a, b, …
+
+    Raises:  ConfigError if nobody could look at it
     """
     stages = count_stages(tuple(tuple(span.action for span in spans) for spans in timeline.ranks))
     pp, columns = len(timeline.ranks), math.ceil(timeline.total)
+    if pp * columns > _DRAWN:
+        raise ConfigError(
+            f"{pp:,} ranks over {columns:,} units of time make a drawing of {pp * columns:,} cells, of which "
+            f"{_DRAWN:,} are the most; draw fewer ranks or micro-batches"
+        )
     width = max(len(_label(span.action, pp, stages)) for spans in timeline.ranks for span in spans) + 1
     head = len(f"rank {pp - 1} ")
     lines = [title] if title else []

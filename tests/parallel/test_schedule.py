@@ -282,6 +282,13 @@ def test_plan_refuses_in_one_line(arguments: list[str], capsys: pytest.CaptureFi
     assert captured.err.count("\n") == 1
 
 
+def test_a_pipeline_of_thousands_is_simulated_but_not_drawn() -> None:
+    timeline = simulate(build_schedule("1f1b", 3000, 4))
+    assert timeline.bubble_fraction == pytest.approx(2999 / 3003)
+    with pytest.raises(ConfigError, match=r"3,000 ranks over 9,009 units .* 27,027,000 cells"):
+        draw(timeline)
+
+
 def test_plan_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["plan", "--help"])

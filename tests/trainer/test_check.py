@@ -136,14 +136,14 @@ class Empty(_Wrong):
 
 @pytest.mark.parametrize(
     ("wrong", "part", "parameter"),
-    [
+    one_a_day(
         (Doubled, "bf16", "blocks.1.mlp_norm.weight"),
         (Deaf, "layout", "blocks.0.attention_norm.weight"),
         (Swapped, "layout", "blocks.1.attention.out.weight"),
         (Scaled, "layout", ""),
         (Still, "layout", ""),
         (Empty, "layout", "head"),
-    ],
+    ),
 )
 def test_the_part_at_fault_is_named(
     root: Path, alone: Mesh, monkeypatch: pytest.MonkeyPatch, wrong: type, part: str, parameter: str
