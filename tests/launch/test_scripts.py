@@ -96,6 +96,7 @@ def test_what_scripts_install_is_an_extra_that_exists() -> None:
     assert [extra for extra in extras if f'"{extra}": [' not in setup] == []
 
 
+@pytest.mark.slow
 def test_local_cpu_counts_cores_not_threads(tmp_path: Path) -> None:
     """`nproc` answers with OMP_NUM_THREADS, which guides tell people to set to 1."""
     _tool(tmp_path / "tools", "nproc", "echo ${OMP_NUM_THREADS:-8}")

@@ -164,6 +164,7 @@ def test_a_signal_during_the_pause_ends_it(tmp_path: Path) -> None:
     assert process.wait(60) == 76
 
 
+@pytest.mark.slow
 def test_what_does_not_listen_is_killed_after_the_grace(tmp_path: Path, orphan: Callable[[], bool]) -> None:
     # In a session of its own, as torchrun starts ranks: the group's signal does not reach it.
     shell = "setsid bash -c 'trap \"\" TERM; echo $$ >$RUN/pid; exec sleep 60' & wait"

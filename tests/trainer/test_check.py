@@ -255,6 +255,7 @@ def test_what_is_computed(root: Path, alone: Mesh, keys: str, layers: int, batch
     assert cases[0].config.train.micro_batch_size == 1
 
 
+@pytest.mark.slow
 def test_kernels_are_a_part_of_their_own(root: Path, alone: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here those of the plain formulas take their place; the plain case has torch's, whatever is asked."""
     monkeypatch.setenv("MEGALITE_KERNELS", "reference")
