@@ -55,7 +55,8 @@ class ByteStream(io.RawIOBase):
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if hasattr(self, "_file"):  # else it could not be opened, and Python closes what is left
+            self._file.close()
         super().close()
 
     def readable(self) -> bool:

@@ -222,6 +222,15 @@ def test_a_zstd_window_is_bounded(tmp_path: Path) -> None:
     assert aside(found(path)) == [(path.name, Reason.BREAKS_OFF)]
 
 
+def test_a_file_that_cannot_be_opened_can_be_closed(tmp_path: Path) -> None:
+    """As Python does with whatever an `__init__` left that raised."""
+    stream = ByteStream.__new__(ByteStream)
+    with pytest.raises(BrokenStreamError):
+        stream.__init__(tmp_path / "gone")  # type: ignore[misc]
+    stream.close()
+    assert stream.closed
+
+
 def test_an_endless_line_is_not_held(tmp_path: Path) -> None:
     import tracemalloc
 
