@@ -157,8 +157,8 @@ def _tokenize(args: argparse.Namespace) -> int:
 def _tokenize_text(args: argparse.Namespace) -> int:
     from data_tools.ingest import Corpus
     from data_tools.ingest.plan import check_apart
-    from data_tools.progress import progress
     from data_tools.tokenize import build_shards, finished_build
+    from megalite.progress import progress
 
     recipe = {
         "text": args.text,

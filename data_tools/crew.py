@@ -21,11 +21,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from data_tools.progress import progress
 from megalite.data.folder import disk_errors
 from megalite.data.staging import write_text
 from megalite.errors import DataError
 from megalite.lock import Lock
+from megalite.progress import progress
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ProcessPoolExecutor

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_tools.progress import progress
 from data_tools.show import printable
 from megalite.data.folder import disk_errors
 from megalite.data.shards import Dataset
+from megalite.progress import progress
 
 BINS = 32  # bin b counts documents of [2^b, 2^(b + 1)) tokens
 SHOWN_SOURCES = 30

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.progress import progress
 from megalite.data.folder import REMEDY
 from megalite.data.manifest import BYTES, MANIFEST_FILE
 from megalite.data.shards import CorruptBlockError, Dataset
 from megalite.errors import DataError
+from megalite.progress import progress
 
 TASK_BYTES = 64 << 20  # checked at a stretch by one thread; Arrow, numpy and zlib run beside each other
 

@@ -27,6 +27,7 @@ LAYERS = [
         "megalite.config",
         "megalite.config_file",
         "megalite.log",
+        "megalite.progress",
     },
     {"megalite_kernels", "megalite.data"},
     {"megalite.parallel", "data_tools"},

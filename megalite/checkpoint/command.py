@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megalite.errors import CheckpointError
+from megalite.progress import progress
 
 if TYPE_CHECKING:
     from megalite.checkpoint.format import Manifest
@@ -119,19 +119,22 @@ def _check_files(folder: Path, manifest: Manifest, reads_all: bool) -> None:
 
     Raises:  CheckpointError
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     from megalite.checkpoint.format import check_size, verify_file
 
     if not reads_all:
         for file in manifest.files:
             check_size(folder, file)
         return
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(folder.name, total=sum(file.bytes for file in manifest.files))
+    done, total = 0, sum(file.bytes for file in manifest.files)
+    with progress(f"verifying {folder.name}") as update:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            update(done, total)
+
         for file in manifest.files:
-            verify_file(folder, file, lambda count: progress.advance(task, count))
+            verify_file(folder, file, advance)
 
 
 def _layout(manifest: Manifest) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from megalite import progress
 from megalite.checkpoint import format
 from megalite.checkpoint.commit import save
 from megalite.checkpoint.format import Manifest, read_manifest
@@ -68,6 +70,20 @@ def test_a_flipped_bit_is_found_by_verify_alone(run: Path, capsys: pytest.Captur
         f"megalite: CheckpointError: 1 of 2 in {run}/checkpoints are broken: step_00000002; "
         "a run goes on from the newest that is whole\n"
     )
+
+
+def test_who_waits_for_a_large_checkpoint_hears_how_far_it_is(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "QUIET_S", -1.0)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    assert main(["checkpoint", "verify", str(run / "checkpoints/step_00000002")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    told = [re.fullmatch(r"verifying step_00000002: ([\d.]+) of ([\d.]+) MiB", line) for line in lines]
+    assert len(told) >= 2
+    assert all(told)
+    assert told[-1] is not None
+    assert told[-1][1] == told[-1][2]
 
 
 def test_a_file_cut_or_missing_is_found_by_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

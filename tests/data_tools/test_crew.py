@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from data_tools import crew as crew_module
-from data_tools import progress as progress_module
 from data_tools.crew import Crew, Place, Task, place_from_environment, read_marker
+from megalite import progress as progress_module
 from megalite.errors import BusyError, DataError
 
 
