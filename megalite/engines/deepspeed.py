@@ -162,7 +162,11 @@ class DeepSpeedEngine:
         if config.mesh.zero_stage == 3:  # the loss reads the head outside the forward pass that owns it
             self.library.zero.register_external_parameter(module, model.output_weight)
         for name, parameter in model.named_parameters():
-            if any(part.piece.is_partial for part in self.specs[name].ranges()):
+            parts = list(self.specs[name].ranges())
+            # DeepSpeed forms a norm of its own, for which it skips what tp peers hold too. We do not use it,
+            # but where a rank is left with nothing it raises.
+            parameter.model_parallel = any(part.piece.copies.size == 1 for part in parts)  # type: ignore[attr-defined]
+            if any(part.piece.is_partial for part in parts):
                 parameter.register_hook(_ShareSum(self.specs[name]))  # type: ignore[no-untyped-call]
         self.engine = self.library.initialize(
             model=module,

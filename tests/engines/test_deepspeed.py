@@ -87,7 +87,7 @@ def _train_in_fp16(mesh: Mesh, config: Config) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("bf16", 2**-9), ("fp16", 2**-12)])
-@pytest.mark.parametrize("layout", [[STAGE[1]], [STAGE[2], CPU], [STAGE[3]]], ids=str)
+@pytest.mark.parametrize("layout", [[STAGE[1]], [STAGE[2], CPU], [STAGE[3]], [STAGE[1], *SPLIT]], ids=str)
 def test_half_precisions_stay_near_the_native_engine(
     root: Path, layout: list[str], precision: str, bound: float
 ) -> None:
