@@ -10,12 +10,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megalite.checkpoint.history import Rollback
 from megalite.data.loader import DataLoader
 from megalite.data.passages import passages
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import ConfigError
 from megalite.log import LEDGER, read_json_lines
-from megalite.resilience.ladder import Rollback
 
 _BARS = "▁▂▃▄▅▆▇█"
 _EXCERPT = 100  # characters of a document

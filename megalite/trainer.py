@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megalite.agreement import agree_on_config, agree_on_data, together
+from megalite.checkpoint.history import Rollback, read_ledger
 from megalite.checkpoint.snapshots import KeptSnapshot
-from megalite.checkpoint.store import Checkpoint
+from megalite.checkpoint.store import Checkpoint, newest
 from megalite.checkpoint.writer import Writer
 from megalite.config import Config
 from megalite.config_file import changed_keys
@@ -32,7 +33,7 @@ from megalite.model.flops import has_products
 from megalite.optim.lr import learning_rate
 from megalite.parallel.mesh import Mesh
 from megalite.recovery import Recovery
-from megalite.resilience.ladder import Rollback, Spike
+from megalite.resilience.ladder import Spike
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.resilience.rank_watch import RankWatch
 from megalite.resilience.rerun import blame, changed_ranks
@@ -66,8 +67,8 @@ class Trainer:
         self._meter = Meter(config, mesh)
         self.recovery = Recovery(config, mesh)
         self.folder = RunFolder(config, mesh)
-        ledger = self.recovery.read_ledger()
-        found = self.recovery.newest(ledger)
+        ledger = read_ledger(self.run_dir, mesh)
+        found = newest(self.run_dir / "checkpoints", mesh, ledger=ledger)
         self._restore(found, ledger)
         # Not before: a config that does not fit the run in run_dir must leave its files alone.
         self.folder.prepare(self.loader)

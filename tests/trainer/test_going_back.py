@@ -16,6 +16,7 @@ from megalite.errors import PreemptedError
 from megalite.log import read_json_lines
 from megalite.meter import StepReport
 from megalite.parallel.mesh import Mesh
+from megalite.resilience.ladder import Spike
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 from tests.trainer.poison import BATCH, SHORT, failing, rollbacks
@@ -64,7 +65,7 @@ def test_no_rollback_throws_a_whole_run_away(root: Path, alone: Mesh) -> None:
 
 def test_a_kill_after_a_rollback_to_memory_costs_no_more_than_another(root: Path, alone: Mesh) -> None:
     """The only checkpoint is of the future that was left; what was gone back to takes its place."""
-    common = [*OFTEN, "checkpoint.every_steps=8", "checkpoint.keep_last=1", "checkpoint.asynchronous=false"]
+    common = [*OFTEN, "checkpoint.every_steps=10", "checkpoint.keep_last=1", "checkpoint.asynchronous=false"]
     config = tiny(root, *common, "checkpoint.snapshot_every_steps=3")
     trainer = failing(config, alone, {13, 14})
     train_step = trainer.train_step
@@ -79,6 +80,35 @@ def test_a_kill_after_a_rollback_to_memory_costs_no_more_than_another(root: Path
         trainer.fit(PreemptionFlag())
     assert [rollback.to_step for rollback in rollbacks(root / "run")] == [6]
     assert Trainer(config, alone).step == 6
+
+
+@pytest.mark.parametrize(
+    ("damaged", "keys", "to_step"),
+    [
+        ([], [], 8),  # nearer than the snapshot of step 6
+        ([8], [], 6),
+        ([4, 8], ["checkpoint.snapshot_every_steps=0"], 12),  # nothing whole is old enough
+    ],
+)
+def test_the_newest_state_that_is_old_enough_on_disk_or_in_memory(
+    root: Path, alone: Mesh, damaged: list[int], keys: list[str], to_step: int
+) -> None:
+    common = [
+        "checkpoint.every_steps=4",
+        "checkpoint.snapshot_every_steps=6",
+        "checkpoint.asynchronous=false",
+    ]
+    trainer = failing(tiny(root, *OFTEN, *common, *keys), alone, {14, 15})
+    go_back = trainer._go_back
+
+    def damaging(spike: Spike) -> None:
+        for step in damaged:
+            (root / f"run/checkpoints/step_{step:08d}/manifest.json").write_text("{}")
+        go_back(spike)
+
+    trainer._go_back = damaging  # type: ignore[method-assign]
+    trainer.fit(PreemptionFlag())
+    assert [rollback.to_step for rollback in rollbacks(root / "run")] == [to_step]
 
 
 @pytest.mark.slow
