@@ -354,8 +354,8 @@ class Trainer:
 
         hopeless = ladder.exhausted(spike)
         if hopeless is not None:
-            window = samples(ladder.window(spike, 0), 0)
-            raise self._diverged(f"a spike at step {spike.onset} after {hopeless}", window)
+            read = samples((spike.onset - 1, spike.detected), 0)
+            raise self._diverged(f"a spike at step {spike.onset} after {hopeless}", read)
         self.writer.wait()
         found = self.recovery.target(spike)
         to_step, begun = (0, 0) if found is None else (found.step, found.position)

@@ -70,18 +70,27 @@ class Ladder:
 
         Twice as far at each further spike near the last one: what was gone back to was not healthy then.
         """
-        distance = self.rewind_steps
-        for earlier in reversed(self.rollbacks):
-            if abs(spike.onset - earlier.onset) > 2 * (self.rewind_steps + self.skip_steps):
-                break
-            distance *= 2
-        return max(spike.onset - 1 - distance, 0)
+        return max(spike.onset - 1 - self.rewind_steps * self._times_as_far(spike), 0)
 
     def window(self, spike: Spike, to_step: int) -> tuple[int, int]:
         """Steps whose samples are left out, half-open, counted in steps done: none before `to_step`, and
-        the steps that made it a spike among them."""
-        start = max(spike.onset - 1 - self.skip_steps // 2, to_step)
-        return start, max(start + self.skip_steps, min(spike.detected, spike.onset + _WITHIN))
+        the steps that made it a spike among them.
+
+        It begins earlier at each further spike near the last one: up to there the run would only come to the
+        same weights again.
+        """
+        done, half = spike.onset - 1, self.skip_steps // 2
+        start = max(done - half * self._times_as_far(spike), to_step)
+        certain = min(spike.detected, spike.onset + _WITHIN)
+        return start, max(start + self.skip_steps, done + self.skip_steps - half, certain)
+
+    def _times_as_far(self, spike: Spike) -> int:
+        times = 1
+        for earlier in reversed(self.rollbacks):
+            if abs(spike.onset - earlier.onset) > 2 * (self.rewind_steps + self.skip_steps):
+                break
+            times *= 2
+        return times
 
     def exhausted(self, spike: Spike) -> str | None:
         """Why no further rollback is allowed, or None."""

@@ -66,8 +66,11 @@ def test_a_spike_near_the_last_one_goes_back_twice_as_far(tmp_path: Path) -> Non
     found = ladder(tmp_path)
     go_back(found, rollback(1000))
     assert found.latest_target(Spike(1100, 1101, "wild")) == 1099 - 200
+    assert found.window(Spike(1100, 1101, "wild"), 800) == (1099 - 40, 1099 + 20)
     go_back(found, rollback(1100))
     assert found.latest_target(Spike(1150, 1151, "wild")) == 1149 - 400
+    assert found.window(Spike(1150, 1151, "wild"), 700) == (1149 - 80, 1149 + 20)
+    assert found.window(Spike(1150, 1151, "wild"), 1140) == (1140, 1180)
     assert found.latest_target(Spike(5000, 5001, "wild")) == 4899
     assert found.latest_target(Spike(150, 151, "wild")) == 49
 

@@ -111,6 +111,16 @@ def test_the_newest_state_that_is_old_enough_on_disk_or_in_memory(
     assert [rollback.to_step for rollback in rollbacks(root / "run")] == [to_step]
 
 
+def test_what_a_second_spike_goes_back_to_is_left_by_another_way(root: Path, alone: Mesh) -> None:
+    """It would come to the weights of the first way back again, if the samples were the same."""
+    config = tiny(root, *OFTEN, "checkpoint.every_steps=1", "checkpoint.keep_last=30", "train.steps=30")
+    failing(config, alone, {24, 25}, {25, 26}).fit(PreemptionFlag())
+    first, second = rollbacks(root / "run")
+    assert (first.to_step, second.to_step) == (19, 16)
+    before = {r["step"]: r["loss"] for r in read_json_lines(root / "run/spikes/rollback_0002.jsonl")}
+    assert before[17] != metrics(root / "run")[16]["loss"]
+
+
 @pytest.mark.slow
 def test_being_asked_to_stop_at_the_step_that_makes_it_a_spike_changes_nothing(
     root: Path, alone: Mesh
