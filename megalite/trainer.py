@@ -382,7 +382,8 @@ class Trainer:
         if self.mesh.rank == 0:
             try:
                 write_report(path, reason, samples, self.recovery.ladder.rollbacks, self.loader)
-            except (OSError, DataError) as error:  # the divergence is what the run ends with, on every rank
+            except (OSError, CheckpointError, DataError) as error:
+                # The divergence is what the run ends with, on every rank.
                 self.log.say(f"alert: cannot write {path}: {error}")
         self.log.event("diverged", self.step, reason=reason, samples=list(samples))
         return DivergedError(f"{reason}; {path} says what was tried and which documents were read")

@@ -12,7 +12,7 @@ from megalite.checkpoint.retention import Retention
 from megalite.checkpoint.store import open_checkpoint
 from megalite.cli import main
 from megalite.data.batch import Batch
-from megalite.errors import PreemptedError
+from megalite.errors import DivergedError, PreemptedError
 from megalite.log import read_json_lines
 from megalite.meter import StepReport
 from megalite.parallel.mesh import Mesh
@@ -109,6 +109,15 @@ def test_the_newest_state_that_is_old_enough_on_disk_or_in_memory(
     trainer._go_back = damaging  # type: ignore[method-assign]
     trainer.fit(PreemptionFlag())
     assert [rollback.to_step for rollback in rollbacks(root / "run")] == [to_step]
+
+
+def test_a_run_that_gives_up_names_no_checkpoint_that_it_went_back_from(root: Path, alone: Mesh) -> None:
+    """Step 12 has not been saved again since."""
+    keys = ["checkpoint.every_steps=4", "resilience.max_rollbacks_per_1000=1"]
+    with pytest.raises(DivergedError):
+        failing(tiny(root, *OFTEN, *keys), alone, {14, 15}, {10, 11}).fit(PreemptionFlag())
+    assert (root / "run/checkpoints/step_00000012").exists()
+    assert "Checkpoints: step 4, step 8. The best" in (root / "run/diverged.md").read_text()
 
 
 def test_what_a_second_spike_goes_back_to_is_left_by_another_way(root: Path, alone: Mesh) -> None:
