@@ -227,7 +227,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--run-dir", type=Path, required=True, help="the run's folder; a new checkpoint in it is progress")
-    add("--max-failures", type=int, default=5, help="give up after so many in a row without progress (5)")
+    # Eight starts take over ten minutes: what a lost host still runs, and is in the way, has ended by then.
+    add("--max-failures", type=int, default=8, help="give up after so many in a row without progress (8)")
     add("--backoff-s", type=float, default=5.0, help="first pause, doubled at each further failure (5)")
     add("--max-backoff-s", type=float, default=300.0, help="longest pause (300)")
     add("--grace-s", type=float, default=60.0, help="time to save after a signal, before SIGKILL (60)")

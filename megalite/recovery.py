@@ -11,16 +11,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.agree import everywhere
+from megalite.checkpoint.history import Rollback
 from megalite.checkpoint.snapshots import KeptSnapshot, Snapshots
 from megalite.checkpoint.store import Checkpoint, newest
 from megalite.config import Config
 from megalite.engines.engine import StepSums
 from megalite.errors import CheckpointError
-from megalite.log import LEDGER, read_json_lines
 from megalite.parallel.collectives import gather_json
 from megalite.parallel.mesh import Mesh
-from megalite.resilience.ladder import Ladder, Rollback, Spike, abandoned_from
+from megalite.resilience.ladder import Ladder, Spike
 from megalite.resilience.rerun import Shares
 from megalite.resilience.spike import SpikeDetector
 
@@ -30,7 +29,7 @@ class Recovery:
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self._config, self._mesh = config, mesh
-        self._run_dir = Path(config.run_dir)
+        self._checkpoints = Path(config.run_dir) / "checkpoints"
         keys = config.checkpoint
         self.detector = SpikeDetector(config.resilience)
         self.ladder = Ladder(config)
@@ -57,48 +56,6 @@ class Recovery:
         self.ladder.load(state["ladder"], ledger)
         self._regime = None if state["regime"] is None else tuple(map(int, state["regime"]))
 
-    # --- at the start ---------------------------------------------------------------------------
-
-    def read_ledger(self) -> list[Rollback]:
-        """The rollbacks of this run so far, as rank 0's ledger has them.
-
-        Raises:  CheckpointError, on every rank, if it cannot be read or a line is not what a run writes
-        """
-        path, mesh = self._run_dir / LEDGER, self._mesh
-
-        def read() -> list[dict[str, Any]]:
-            lines = read_json_lines(path) if mesh.rank == 0 else []
-            return [line for line in lines if line.get("event") == "rollback"]
-
-        told = everywhere(mesh.world, mesh.device, read, self._run_dir)[0]
-        try:
-            return [Rollback.from_json(record) for record in told]
-        except (KeyError, TypeError, ValueError) as error:
-            found = CheckpointError(
-                f"{path} has a rollback that is not one ({type(error).__name__}: {error}); which samples "
-                "this run leaves out is not known: restore the file"
-            )
-            found.is_shared = True
-            raise found from None
-
-    def newest(self, ledger: list[Rollback], before: int | None = None) -> Checkpoint | None:
-        """The newest checkpoint, of those at or before a step where one is given, that verifies and is not of
-        a future that the run has left.
-
-        Raises:  CheckpointError if there are such checkpoints and none verifies
-        """
-        root = self._run_dir / "checkpoints"
-        found = newest(root, self._mesh, before)
-        while found is not None:
-            told = found.meta["recovery"]["ladder"]["rollbacks"] if "recovery" in found.meta else []
-            known = [Rollback.from_json(record) for record in told]
-            limit = abandoned_from(ledger, known)
-            if limit is None or found.step <= limit:
-                break
-            # Of the steps after the limit one may know more: it was committed, and a kill left this one.
-            found = newest(root, self._mesh, before=found.step - 1)
-        return found
-
     # --- at every step --------------------------------------------------------------------------
 
     def enter(self, regime: tuple[int, ...]) -> None:
@@ -122,17 +79,26 @@ class Recovery:
         return [(a, b) for a, b in gather_json(mine, self._mesh.world, self._mesh.device)]
 
     def target(self, spike: Spike) -> KeptSnapshot | Checkpoint | None:
-        """What to go back to: the newest snapshot that is old enough, or checkpoint.
+        """What to go back to: the newest snapshot or checkpoint that is old enough.
 
         Where none is, what lies before the onset at all, the oldest snapshot first, or else the newest there
         is of either; None, the seed, only where there is nothing else.
 
-        Raises:  CheckpointError if there are checkpoints before the onset and none verifies
+        Raises:  CheckpointError if there are checkpoints, and neither a snapshot nor one that verifies
         """
-        ledger, latest, onset = self.ladder.rollbacks, self.ladder.latest_target(spike), spike.onset - 1
-        found = self.snapshots.newest_before(latest) or self.newest(ledger, latest)
+        onset = spike.onset - 1
+        found = self._newest(self.ladder.latest_target(spike))
         early = [step for step in self.snapshots.steps if step <= onset]
         if found is None and early:
             found = self.snapshots.newest_before(min(early))
-        found = found or self.newest(ledger, onset)
-        return found or self.snapshots.newest_before(spike.detected) or self.newest(ledger)
+        found = found or self._newest(onset) or self._newest(spike.detected)
+        return found or newest(self._checkpoints, self._mesh, ledger=self.ladder.rollbacks)
+
+    def _newest(self, before: int) -> KeptSnapshot | Checkpoint | None:
+        """The newest snapshot or checkpoint at or before a step that verifies; of one step the snapshot."""
+        kept = self.snapshots.newest_before(before)
+        after = -1 if kept is None else kept.step
+        try:
+            return newest(self._checkpoints, self._mesh, before, after, self.ladder.rollbacks) or kept
+        except CheckpointError:  # none verifies, of which a warning has told
+            return kept

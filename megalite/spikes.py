@@ -10,12 +10,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megalite.checkpoint.history import Rollback, abandoned_from, known_rollbacks
 from megalite.data.loader import DataLoader
 from megalite.data.passages import passages
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import ConfigError
 from megalite.log import LEDGER, read_json_lines
-from megalite.resilience.ladder import Rollback
 
 _BARS = "▁▂▃▄▅▆▇█"
 _EXCERPT = 100  # characters of a document
@@ -128,7 +128,7 @@ def write_report(
         *([f"- {_sentence(rollback)}" for rollback in rollbacks] or ["- nothing but leaving steps out"]),
         "",
         "## What to go on from",
-        _best_checkpoints(path.parent),
+        _best_checkpoints(path.parent, rollbacks),
         "",
         f"## Samples {samples[0]} to {samples[1] - 1}, read when it stopped",
         *islice(describe(loader, samples, tokenizer), 200),
@@ -136,13 +136,19 @@ def write_report(
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _best_checkpoints(run: Path) -> str:
+def _best_checkpoints(run: Path, rollbacks: Sequence[Rollback]) -> str:
     from megalite.checkpoint.command import describe as describe_checkpoint
+    from megalite.checkpoint.format import MANIFEST, read_manifest
     from megalite.checkpoint.retention import candidates
 
-    root = run / "checkpoints"
-    found = [describe_checkpoint(root / name, reads_all=False) for name in candidates(root)]
-    whole = {int(record["step"]): record for record in found if record["fault"] is None}
+    whole = {}
+    for folder in (run / "checkpoints" / name for name in candidates(run / "checkpoints")):
+        record = describe_checkpoint(folder, reads_all=False)
+        if record["fault"] is None:
+            known = known_rollbacks(read_manifest(folder / MANIFEST).meta, folder)
+            left = abandoned_from(rollbacks, known)
+            if left is None or record["step"] <= left:  # else of a future from which the run went back
+                whole[int(record["step"])] = record
     if not whole:
         return "There is no whole checkpoint; the run starts from its seed again."
     # One measure for all: not every save is validated, and the two losses do not compare.

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megalite.agreement import agree_on_config, agree_on_data, together
+from megalite.checkpoint.history import Rollback, read_ledger
 from megalite.checkpoint.snapshots import KeptSnapshot
-from megalite.checkpoint.store import Checkpoint
+from megalite.checkpoint.store import Checkpoint, newest
 from megalite.checkpoint.writer import Writer
 from megalite.config import Config
 from megalite.config_file import changed_keys
@@ -32,7 +33,7 @@ from megalite.model.flops import has_products
 from megalite.optim.lr import learning_rate
 from megalite.parallel.mesh import Mesh
 from megalite.recovery import Recovery
-from megalite.resilience.ladder import Rollback, Spike
+from megalite.resilience.ladder import Spike
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.resilience.rank_watch import RankWatch
 from megalite.resilience.rerun import blame, changed_ranks
@@ -66,8 +67,8 @@ class Trainer:
         self._meter = Meter(config, mesh)
         self.recovery = Recovery(config, mesh)
         self.folder = RunFolder(config, mesh)
-        ledger = self.recovery.read_ledger()
-        found = self.recovery.newest(ledger)
+        ledger = read_ledger(self.run_dir, mesh)
+        found = newest(self.run_dir / "checkpoints", mesh, ledger=ledger)
         self._restore(found, ledger)
         # Not before: a config that does not fit the run in run_dir must leave its files alone.
         self.folder.prepare(self.loader)
@@ -353,8 +354,8 @@ class Trainer:
 
         hopeless = ladder.exhausted(spike)
         if hopeless is not None:
-            window = samples(ladder.window(spike, 0), 0)
-            raise self._diverged(f"a spike at step {spike.onset} after {hopeless}", window)
+            read = samples((spike.onset - 1, spike.detected), 0)
+            raise self._diverged(f"a spike at step {spike.onset} after {hopeless}", read)
         self.writer.wait()
         found = self.recovery.target(spike)
         to_step, begun = (0, 0) if found is None else (found.step, found.position)
@@ -381,7 +382,8 @@ class Trainer:
         if self.mesh.rank == 0:
             try:
                 write_report(path, reason, samples, self.recovery.ladder.rollbacks, self.loader)
-            except (OSError, DataError) as error:  # the divergence is what the run ends with, on every rank
+            except (OSError, CheckpointError, DataError) as error:
+                # The divergence is what the run ends with, on every rank.
                 self.log.say(f"alert: cannot write {path}: {error}")
         self.log.event("diverged", self.step, reason=reason, samples=list(samples))
         return DivergedError(f"{reason}; {path} says what was tried and which documents were read")

@@ -1,6 +1,7 @@
 """Checkpoints in a run's folder, read: chosen together by all ranks, at any layout.
 
-`newest` takes the newest *by step* that verifies, which is always the last one committed: see `commit`.
+`newest` takes the newest *by step* that verifies and is of no future that the run has left, as its ledger
+tells: always the last one committed, or after a rollback the last before it. See `commit`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 import zlib
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from megalite.checkpoint.format import (
     read_manifest,
     verify_file,
 )
+from megalite.checkpoint.history import Rollback, abandoned_from, known_rollbacks, read_ledger
 from megalite.checkpoint.retention import candidates, step_of
 from megalite.errors import CheckpointError
 from megalite.parallel.mesh import Axis, Mesh
@@ -141,10 +143,17 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} has no {kind} {name}; {hint}") from None
 
 
-def newest(root: Path, mesh: Mesh, before: int | None = None) -> Checkpoint | None:
+def newest(
+    root: Path,
+    mesh: Mesh,
+    before: int | None = None,
+    after: int = -1,
+    ledger: Sequence[Rollback] = (),
+) -> Checkpoint | None:
     """The newest checkpoint by step in `root` that verifies, the same on every rank; None if there is none.
 
-    With `before`, of those at or before that step. The files are shared out among the ranks for
+    With `before`, of those at or before that step; with `after`, of later ones than that; with `ledger`, of
+    those that are of no future which these rollbacks left. The files are shared out among the ranks for
     verification. A checkpoint that does not verify is passed over, with a warning from rank 0 and a line
     in `refused`.
 
@@ -152,17 +161,23 @@ def newest(root: Path, mesh: Mesh, before: int | None = None) -> Checkpoint | No
     Raises:  CheckpointError, the same on all ranks, if there are checkpoints but none verifies
     """
     names = everywhere(mesh.world, mesh.device, lambda: candidates(root) if mesh.rank == 0 else None, root)[0]
-    names = [name for name in names if before is None or step_of(name) <= before]
+    limit = max(map(step_of, names), default=0) if before is None else before
     refused: list[str] = []
     for name in names:
+        if not after < step_of(name) <= limit:
+            continue
         try:
             manifest = _verify_together(root / name, mesh)
+            left = abandoned_from(ledger, known_rollbacks(manifest.meta, root / name)) if ledger else None
         except CheckpointError as error:
             refused.append(f"checkpoint {name} refused: {error}")
             if mesh.rank == 0:
                 logger.warning("%s", refused[-1])
-        else:
+            continue
+        if left is None or manifest.step <= left:
             return Checkpoint(root / name, manifest, tuple(refused))
+        # Of the steps after `left` one may know more: it was committed, and a kill left this one.
+        limit, refused = manifest.step - 1, []
     if refused:
         raise CheckpointError(
             f"none of the {len(refused)} checkpoints in {root} verifies; {refused[0]}; restore one from a "
@@ -174,8 +189,8 @@ def newest(root: Path, mesh: Mesh, before: int | None = None) -> Checkpoint | No
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open and verify a checkpoint for one process, without communication.
 
-    `path` is a checkpoint, or a run folder or its checkpoints folder, of which the newest that verifies
-    is taken.
+    `path` is a checkpoint, or a run folder or its checkpoints folder, of which that is taken from which the
+    run would go on.
 
     Raises:  CheckpointError if there is none, or none that verifies
     """
@@ -187,12 +202,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not root.is_dir():
         raise CheckpointError(f"no folder {path}; give a run folder or a checkpoint in it")
     names = candidates(root)
+    alone = Mesh(rank=0, size=1, dp=Axis(), device=torch.device("cpu"))
+    ledger = read_ledger(root.parent, alone)
     try:
-        found = newest(root, Mesh(rank=0, size=1, dp=Axis(), device=torch.device("cpu")))
+        found = newest(root, alone, ledger=ledger)
     except CheckpointError:
         if candidates(root) == names:
             raise
         return open_checkpoint(path)  # a run at work has put newer ones in their place meanwhile
+    if found is None and names:
+        raise CheckpointError(
+            f"{path} holds only checkpoints of a future that the run went back from, {names[0]} the newest; "
+            "wait for its next save, or give one of them"
+        )
     if found is None:
         raise CheckpointError(f"{path} holds no checkpoint; give a run folder or a checkpoint in it")
     return found

@@ -207,7 +207,11 @@ class BestFit:
         window = max(1, min(window, OPEN_BLOCKS // chunks.width))
         self.layout = CountedChunks(table.counts[:, 0], window)
         if not self.layout.num_samples:
-            raise DataError(f"{chunks.dataset.path}: every record batch is damaged; rebuild the dataset")
+            first = "".join(f", {file}: record batch {n} {reason}" for file, n, reason in table.damaged[:1])
+            raise DataError(
+                f"{chunks.dataset.path}: best_fit packs {chunks.width} record batches together, and none of "
+                f"these chunks is without a damaged one{first}; rebuild the dataset"
+            )
         self._first: list[int] = self.layout.first.tolist()
         self._eos_id = chunks.dataset.tokenizer.eos_id
         self._plan = lru_cache(maxsize=2 * window)(self._pack_chunk)

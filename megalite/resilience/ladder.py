@@ -14,41 +14,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from megalite.checkpoint.history import Rollback
 from megalite.config import Config
 
 _CONFIRMING = 2  # steps refused …
 _WITHIN = 3  # … of so many in a row make a spike
 _LATELY = 1000  # steps in which `max_rollbacks_per_1000` counts
-
-
-@dataclass(frozen=True)
-class Rollback:
-    """A spike and what was done about it, as the ledger and every later checkpoint keep it.
-
-    Steps are counted from 1; `to_step` is the number of steps done in the weights gone back to.
-    `skipped` are global sample indices, half-open.
-    """
-
-    onset: int
-    detected: int
-    reason: str
-    to_step: int
-    skipped: tuple[int, int]
-
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return asdict(self) | {"skipped": list(self.skipped)}
-
-    @staticmethod
-    def from_json(record: dict[str, Any]) -> Rollback:
-        """The inverse of `to_json`; keys of a ledger line that do not belong to it are left out."""
-        start, stop = record["skipped"]
-        numbers = (int(record[key]) for key in ("onset", "detected", "to_step"))
-        onset, detected, to_step = numbers
-        return Rollback(onset, detected, str(record["reason"]), to_step, (int(start), int(stop)))
 
 
 @dataclass(frozen=True)
@@ -96,18 +70,27 @@ class Ladder:
 
         Twice as far at each further spike near the last one: what was gone back to was not healthy then.
         """
-        distance = self.rewind_steps
-        for earlier in reversed(self.rollbacks):
-            if abs(spike.onset - earlier.onset) > 2 * (self.rewind_steps + self.skip_steps):
-                break
-            distance *= 2
-        return max(spike.onset - 1 - distance, 0)
+        return max(spike.onset - 1 - self.rewind_steps * self._times_as_far(spike), 0)
 
     def window(self, spike: Spike, to_step: int) -> tuple[int, int]:
         """Steps whose samples are left out, half-open, counted in steps done: none before `to_step`, and
-        the steps that made it a spike among them."""
-        start = max(spike.onset - 1 - self.skip_steps // 2, to_step)
-        return start, max(start + self.skip_steps, min(spike.detected, spike.onset + _WITHIN))
+        the steps that made it a spike among them.
+
+        It begins earlier at each further spike near the last one: up to there the run would only come to the
+        same weights again.
+        """
+        done, half = spike.onset - 1, self.skip_steps // 2
+        start = max(done - half * self._times_as_far(spike), to_step)
+        certain = min(spike.detected, spike.onset + _WITHIN)
+        return start, max(start + self.skip_steps, done + self.skip_steps - half, certain)
+
+    def _times_as_far(self, spike: Spike) -> int:
+        times = 1
+        for earlier in reversed(self.rollbacks):
+            if abs(spike.onset - earlier.onset) > 2 * (self.rewind_steps + self.skip_steps):
+                break
+            times *= 2
+        return times
 
     def exhausted(self, spike: Spike) -> str | None:
         """Why no further rollback is allowed, or None."""
@@ -141,12 +124,6 @@ class Ladder:
         self.rollbacks = known + [rollback for rollback in ledger if rollback not in known]
         self.refused_in_a_row = int(state["refused_in_a_row"])
         self._refused = deque(state["refused"], maxlen=_CONFIRMING)
-
-
-def abandoned_from(rollbacks: Sequence[Rollback], known: Sequence[Rollback]) -> int | None:
-    """The step after which a checkpoint that knows only the `known` rollbacks is of a future that the run
-    left, or None if it knows them all."""
-    return min((r.to_step for r in rollbacks if r not in known), default=None)
 
 
 def _or_share(asked: int | None, usual: int, steps: int) -> int:

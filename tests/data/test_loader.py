@@ -263,6 +263,13 @@ def test_a_damaged_chunk_packs_into_nothing_when_the_table_is_made(tmp_path, mon
     assert not bad.batch(range(bad.samples[0])).replaced
 
 
+def test_no_chunk_without_a_damaged_record_batch(tmp_path):
+    """Of a small dataset, which is one chunk, a single damaged one leaves nothing."""
+    expected = r"packs \d+ record batches together, and none .*: record batch 3 is corrupt"
+    with pytest.raises(DataError, match=expected):
+        damaged(tmp_path, [3], packing="best_fit")
+
+
 def test_too_many_damaged_blocks_end_the_run(tmp_path):
     _, bad = damaged(tmp_path, [2])
     total = bad.num_blocks

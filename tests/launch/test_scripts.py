@@ -178,11 +178,13 @@ def test_a_slurm_job_checks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_slurm_job_that_is_signalled_saves_and_goes_back_to_the_queue(tmp_path: Path) -> None:
-    process = _slurm(tmp_path, "tiny.toml", "run_dir=run")
-    while process.poll() is None and not (tmp_path / "run/metrics.jsonl").exists():
+    run = tmp_path / 'a "b" c\\é'
+    process = _slurm(tmp_path, "tiny.toml", f"run_dir={run}")
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)  # to the batch shell alone, as --signal=B: does
     said = process.communicate(timeout=150)[1]
     assert process.returncode == 75, said
     assert (tmp_path / "asked").read_text() == f"requeue {os.getpid()}\n"
-    assert len(list((tmp_path / "run/checkpoints").glob("step_*"))) == 1
+    assert len(list((run / "checkpoints").glob("step_*"))) == 1
+    assert (run / "exits.jsonl").exists()  # where the supervisor looks for it

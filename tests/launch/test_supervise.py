@@ -9,9 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
+from megalite.config import ResilienceConfig
 from megalite.config_file import to_toml
 from tests.trainer.runs import curve, metrics, tiny, write_dataset
 
@@ -108,6 +110,13 @@ def test_a_crash_loop_ends_and_the_pauses_grow_up_to_their_cap(tmp_path: Path) -
         "0.03",
     ]
     assert said.endswith("giving up: 4 failures in a row without a new checkpoint\n")
+
+
+def test_it_does_not_give_up_before_what_a_lost_host_still_runs_has_ended(tmp_path: Path) -> None:
+    """That holds the lock of run_dir, or the port, until it has waited for its peers."""
+    options = run_path(SUPERVISE[1])["_parse"](["--run-dir", str(tmp_path), "--", "true"])
+    pauses = [min(options.max_backoff_s, options.backoff_s * 2**n) for n in range(options.max_failures - 1)]
+    assert sum(pauses) > ResilienceConfig.model_validate({}).comm_timeout_s
 
 
 @pytest.mark.slow

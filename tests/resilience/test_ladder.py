@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
 from megalite.checkpoint.commit import save
+from megalite.checkpoint.history import Rollback, abandoned_from
 from megalite.checkpoint.retention import Retention
+from megalite.checkpoint.store import newest, open_checkpoint
+from megalite.errors import CheckpointError
 from megalite.recovery import Recovery
-from megalite.resilience.ladder import Ladder, Rollback, Spike, abandoned_from
+from megalite.resilience.ladder import Ladder, Spike
 from megalite.resilience.rerun import Blame, blame
 from tests.checkpoint.helpers import owned
 from tests.ranks import SOLO
@@ -62,8 +66,11 @@ def test_a_spike_near_the_last_one_goes_back_twice_as_far(tmp_path: Path) -> Non
     found = ladder(tmp_path)
     go_back(found, rollback(1000))
     assert found.latest_target(Spike(1100, 1101, "wild")) == 1099 - 200
+    assert found.window(Spike(1100, 1101, "wild"), 800) == (1099 - 40, 1099 + 20)
     go_back(found, rollback(1100))
     assert found.latest_target(Spike(1150, 1151, "wild")) == 1149 - 400
+    assert found.window(Spike(1150, 1151, "wild"), 700) == (1149 - 80, 1149 + 20)
+    assert found.window(Spike(1150, 1151, "wild"), 1140) == (1140, 1180)
     assert found.latest_target(Spike(5000, 5001, "wild")) == 4899
     assert found.latest_target(Spike(150, 151, "wild")) == 49
 
@@ -133,9 +140,17 @@ def test_the_newest_checkpoint_of_no_future_that_was_left(tmp_path: Path) -> Non
         ladder = {"rollbacks": [each.to_json() for each in known]}
         meta = {"recovery": {"ladder": ladder}}
         save(*(tmp_path / "run/checkpoints", step, 0, lambda: owned(0, 1, 0), meta, SOLO, Retention(9)))
-    recovery = Recovery(tiny(tmp_path, *ASKED), SOLO)
-    ledgers = [], [a], [a, b], [a, b, c]
-    assert [found.step for each in ledgers if (found := recovery.newest(each))] == [1900, 1900, 1850, 700]
+    ledgers, root = ([], [a], [a, b], [a, b, c]), tmp_path / "run/checkpoints"
+    found = [newest(root, SOLO, ledger=each) for each in ledgers]
+    assert [each.step for each in found if each] == [1900, 1900, 1850, 700]
+    for n, path in ((3, root), (3, root.parent), (2, root)):  # `generate` and `export` take the same
+        lines = [json.dumps({"event": "rollback", "step": 0} | each.to_json()) for each in ledgers[n]]
+        (tmp_path / "run/ledger.jsonl").write_text("\n".join(lines) + "\n")
+        assert open_checkpoint(path).step == (700 if n == 3 else 1850)
+    assert open_checkpoint(root / "step_00001900").step == 1900  # unless they are given another
+    (tmp_path / "run/ledger.jsonl").write_text(json.dumps({"event": "rollback"} | rollback(9).to_json()))
+    with pytest.raises(CheckpointError, match="only checkpoints of a future .*, step_00001900 the newest"):
+        open_checkpoint(root.parent)
 
 
 def test_checkpoints_of_a_future_that_was_left_are_known_by_the_ledger() -> None:

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megalite.checkpoint.history import Rollback
 from megalite.config import Config
 from megalite.data.batch import Batch
 from megalite.engines.engine import StepSums
 from megalite.log import read_json_lines
 from megalite.parallel.mesh import Mesh
-from megalite.resilience.ladder import Rollback
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 from tests.trainer.runs import curve, lay_out, metrics

@@ -12,10 +12,11 @@ from megalite.checkpoint.retention import Retention
 from megalite.checkpoint.store import open_checkpoint
 from megalite.cli import main
 from megalite.data.batch import Batch
-from megalite.errors import PreemptedError
+from megalite.errors import DivergedError, PreemptedError
 from megalite.log import read_json_lines
 from megalite.meter import StepReport
 from megalite.parallel.mesh import Mesh
+from megalite.resilience.ladder import Spike
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 from tests.trainer.poison import BATCH, SHORT, failing, rollbacks
@@ -64,7 +65,7 @@ def test_no_rollback_throws_a_whole_run_away(root: Path, alone: Mesh) -> None:
 
 def test_a_kill_after_a_rollback_to_memory_costs_no_more_than_another(root: Path, alone: Mesh) -> None:
     """The only checkpoint is of the future that was left; what was gone back to takes its place."""
-    common = [*OFTEN, "checkpoint.every_steps=8", "checkpoint.keep_last=1", "checkpoint.asynchronous=false"]
+    common = [*OFTEN, "checkpoint.every_steps=10", "checkpoint.keep_last=1", "checkpoint.asynchronous=false"]
     config = tiny(root, *common, "checkpoint.snapshot_every_steps=3")
     trainer = failing(config, alone, {13, 14})
     train_step = trainer.train_step
@@ -79,6 +80,54 @@ def test_a_kill_after_a_rollback_to_memory_costs_no_more_than_another(root: Path
         trainer.fit(PreemptionFlag())
     assert [rollback.to_step for rollback in rollbacks(root / "run")] == [6]
     assert Trainer(config, alone).step == 6
+
+
+@pytest.mark.parametrize(
+    ("damaged", "keys", "to_step"),
+    [
+        ([], [], 8),  # nearer than the snapshot of step 6
+        ([8], [], 6),
+        ([4, 8], ["checkpoint.snapshot_every_steps=0"], 12),  # nothing whole is old enough
+    ],
+)
+def test_the_newest_state_that_is_old_enough_on_disk_or_in_memory(
+    root: Path, alone: Mesh, damaged: list[int], keys: list[str], to_step: int
+) -> None:
+    common = [
+        "checkpoint.every_steps=4",
+        "checkpoint.snapshot_every_steps=6",
+        "checkpoint.asynchronous=false",
+    ]
+    trainer = failing(tiny(root, *OFTEN, *common, *keys), alone, {14, 15})
+    go_back = trainer._go_back
+
+    def damaging(spike: Spike) -> None:
+        for step in damaged:
+            (root / f"run/checkpoints/step_{step:08d}/manifest.json").write_text("{}")
+        go_back(spike)
+
+    trainer._go_back = damaging  # type: ignore[method-assign]
+    trainer.fit(PreemptionFlag())
+    assert [rollback.to_step for rollback in rollbacks(root / "run")] == [to_step]
+
+
+def test_a_run_that_gives_up_names_no_checkpoint_that_it_went_back_from(root: Path, alone: Mesh) -> None:
+    """Step 12 has not been saved again since."""
+    keys = ["checkpoint.every_steps=4", "resilience.max_rollbacks_per_1000=1"]
+    with pytest.raises(DivergedError):
+        failing(tiny(root, *OFTEN, *keys), alone, {14, 15}, {10, 11}).fit(PreemptionFlag())
+    assert (root / "run/checkpoints/step_00000012").exists()
+    assert "Checkpoints: step 4, step 8. The best" in (root / "run/diverged.md").read_text()
+
+
+def test_what_a_second_spike_goes_back_to_is_left_by_another_way(root: Path, alone: Mesh) -> None:
+    """It would come to the weights of the first way back again, if the samples were the same."""
+    config = tiny(root, *OFTEN, "checkpoint.every_steps=1", "checkpoint.keep_last=30", "train.steps=30")
+    failing(config, alone, {24, 25}, {25, 26}).fit(PreemptionFlag())
+    first, second = rollbacks(root / "run")
+    assert (first.to_step, second.to_step) == (19, 16)
+    before = {r["step"]: r["loss"] for r in read_json_lines(root / "run/spikes/rollback_0002.jsonl")}
+    assert before[17] != metrics(root / "run")[16]["loss"]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megalite.checkpoint.history import Rollback
 from megalite.cli import main
 from megalite.config import Config
 from megalite.data.batch import IGNORE, Batch
@@ -18,7 +19,6 @@ from megalite.engines.native import NativeEngine
 from megalite.errors import CheckpointError, ConfigError, DivergedError
 from megalite.log import read_json_lines
 from megalite.parallel.mesh import Mesh
-from megalite.resilience.ladder import Rollback
 from megalite.resilience.preempt import PreemptionFlag
 from megalite.trainer import Trainer
 from tests.daily import one_a_day
