@@ -274,15 +274,15 @@ def _project(engine: Engine, config: Config, mesh: Mesh) -> tuple[Tensor, Tensor
 
 
 def distance(answer: Answer, expected: Answer, names: list[str]) -> Distance:
-    """How far an answer is from the expected one."""
+    """How far an answer is from the expected one, in the steps that both have; nan if either has one."""
 
     def furthest(ours: list[float], theirs: list[float]) -> float:
-        return max((abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=False)), key=_nan_last)
+        found, right = torch.tensor(list(zip(ours, theirs, strict=False)), dtype=torch.float64).T
+        return float(_relative(found - right, right).amax())
 
-    apart = (answer.projections - expected.projections).square().mean(-1).sqrt()
-    apart = torch.where(apart == 0, 0, apart / expected.lengths)  # a gradient of zero is as good as another
-    apart = apart.amax(0)  # nan, if it is there
-    worst = max(range(len(names)), key=lambda n: _nan_last(float(apart[n])))
+    difference = (answer.projections - expected.projections).square().mean(-1).sqrt()
+    apart = _relative(difference, expected.lengths).amax(0)
+    worst = int(apart.nan_to_num(nan=math.inf).argmax())
     return Distance(
         furthest(answer.losses, expected.losses),
         furthest(answer.norms, expected.norms),
@@ -291,5 +291,6 @@ def distance(answer: Answer, expected: Answer, names: list[str]) -> Distance:
     )
 
 
-def _nan_last(value: float) -> float:
-    return math.inf if math.isnan(value) else value
+def _relative(difference: Tensor, size: Tensor) -> Tensor:
+    """|difference| / |size|; of what is zero, zero is no distance away."""
+    return torch.where(difference == 0, 0, (difference / size).abs())

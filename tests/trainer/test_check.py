@@ -311,6 +311,14 @@ def test_nothing_is_within_bounds_that_is_not_a_number() -> None:
             assert Distance(*values).exceeds(bounds)
 
 
+def test_zero_is_no_distance_from_zero() -> None:
+    zeros = Answer([2.0, 2.0], [0.0, 0.0], torch.zeros(2, 1), torch.zeros(2, 1, 16))
+    assert distance(zeros, zeros, ["head"]) == (0, 0, 0, "head")
+    assert distance(zeros._replace(norms=[0.0, 1.0]), zeros, ["head"]).norm == math.inf
+    assert math.isnan(distance(zeros._replace(losses=[2.0, math.nan]), zeros, ["head"]).loss)
+    assert distance(zeros._replace(losses=[3.0]), zeros, ["head"]).loss == 0.5
+
+
 @pytest.mark.parametrize(
     ("keys", "layers", "batch"),
     [
