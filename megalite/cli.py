@@ -39,9 +39,9 @@ lost, or another run is at work in run_dir or on the port
 
 _CHECK_HELP = """\
 Compute three steps of a run in its own configuration and in the plainest one (fp32, nothing divided, nothing
-compiled), and compare loss, gradient norm and every parameter's gradient. On the machines, with the launcher
-and on the data of the run to come, it says within a minute or two whether they give the right answer, and if
-not, whether kernels, layout, precision or compiler do not. It writes nothing.
+compiled), and compare loss, gradient norm and, by AdamW's moments, every parameter's gradients. On the
+machines, with the launcher and on the data of the run to come, it says within minutes whether they give the
+right answer, and if not, whether kernels, layout, precision or compiler do not. It writes nothing.
 
 examples:
   megalite check configs/quickstart.toml
@@ -216,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config(parser: argparse.ArgumentParser, is_needed: bool) -> None:
     parser.add_argument("config", nargs=None if is_needed else "?", help="TOML file; see configs/")
     parser.add_argument(
-        "settings", nargs="*", metavar="section.key=value", help="values that replace the file's"
+        "settings", nargs="*", default=[], metavar="section.key=value", help="values that replace the file's"
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -21,7 +23,12 @@ from megalite.checkpoint.format import TensorSlice
 from megalite.cli import main
 from megalite.config import Config
 from megalite.config_file import to_toml
+from megalite.data.batch import Batch
+from megalite.data.tokenizer import ByteTokenizer
+from megalite.data.writer import ShardWriter
+from megalite.engines.engine import StepSums
 from megalite.engines.native import NativeEngine
+from megalite.errors import DataError
 from megalite.parallel.mesh import Mesh
 from tests.daily import one_a_day
 from tests.ranks import SOLO, run_ranks
@@ -125,13 +132,35 @@ class Still(_Wrong):
             super().optimizer_step(lr, grad_scale)
 
 
-class Empty(_Wrong):
-    """A gradient that is not a number."""
+class Forgetful(_Wrong):
+    """A second moment that stays what the first step made it, at which neither loss nor gradient changes."""
 
     def optimizer_step(self, lr: float, grad_scale: float) -> None:
-        if not self.is_plain:
-            self.gradient("head")[7] = torch.nan
+        moment = self.optimizer.exp_avg_sq
+        before = moment.clone()
         super().optimizer_step(lr, grad_scale)
+        if not self.is_plain and self.applied_steps > 1:
+            moment.copy_(before)
+
+
+class Decaying(_Wrong):
+    """Weight decay on norms as well."""
+
+    def optimizer_step(self, lr: float, grad_scale: float) -> None:
+        super().optimizer_step(lr, grad_scale)
+        if not self.is_plain:
+            self.optimizer.master[self.optimizer.layout.decayed :] *= 1 - lr * self.config.optim.weight_decay
+
+
+class Empty(_Wrong):
+    """A gradient that is not a number, as the norm tells; all are, a step later."""
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> StepSums:
+        sums = super().forward_backward(micro_batches)
+        if self.is_plain:
+            return sums
+        self.gradient("head")[7] = torch.nan
+        return replace(sums, grad_norm_squared=math.nan)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +171,8 @@ class Empty(_Wrong):
         (Swapped, "layout", "blocks.1.attention.out.weight"),
         (Scaled, "layout", ""),
         (Still, "layout", ""),
+        (Forgetful, "layout", ""),
+        (Decaying, "layout", ""),
         (Empty, "layout", "head"),
     ),
 )
@@ -149,7 +180,8 @@ def test_the_part_at_fault_is_named(
     root: Path, alone: Mesh, monkeypatch: pytest.MonkeyPatch, wrong: type, part: str, parameter: str
 ) -> None:
     monkeypatch.setattr(checking, "engine_class", lambda config, device: wrong)
-    code, printed = checked(alone, tiny(root, "train.precision=bf16"))
+    # Whatever the learning rate of the run: so small a one would hide what an update does.
+    code, printed = checked(alone, tiny(root, "train.precision=bf16", "optim.lr=1e-6"))
     assert code == 1
     *_, verdict = printed.splitlines()
     assert verdict.startswith(f"{part} (")
@@ -157,11 +189,34 @@ def test_the_part_at_fault_is_named(
     assert row.endswith(parameter)
 
 
+def one_rank_is_stale(mesh: Mesh, config: Config) -> tuple[int, str]:
+    """A rank that keeps the norms it began with."""
+
+    class Stale(_Wrong):
+        def optimizer_step(self, lr: float, grad_scale: float) -> None:
+            norms = [values for slot, values in self.optimizer.weights.kept() if len(slot.spec.shape) == 1]
+            before = [values.clone() for values in norms]
+            super().optimizer_step(lr, grad_scale)
+            if mesh.rank == 1 and not self.is_plain:
+                for values, old in zip(norms, before, strict=True):
+                    values.copy_(old)
+
+    with mock.patch.object(checking, "engine_class", return_value=Stale):
+        return checked(mesh, config)
+
+
+@pytest.mark.parametrize("stage", one_a_day(3, 1, 2))
+def test_weights_that_are_not_sent_show(root: Path, stage: int) -> None:
+    (code, printed), _ = run_ranks(one_rank_is_stale, 2, tiny(root, f"mesh.zero_stage={stage}"))
+    assert code == 1, printed
+    assert "layout (dp 2" in printed
+
+
 def one_rank_is_off(mesh: Mesh, config: Config) -> tuple[int, str]:
     """A rank that adds its gradient too late, in the layout."""
 
     class Late(_Wrong):
-        def forward_backward(self, micro_batches: Sequence) -> object:  # type: ignore[type-arg, override]
+        def forward_backward(self, micro_batches: Sequence[Batch]) -> StepSums:
             if mesh.rank == 1 and not self.is_plain:
                 micro_batches = [micro_batches[0]] * len(micro_batches)
             return super().forward_backward(micro_batches)
@@ -188,6 +243,7 @@ def test_projections_do_not_depend_on_who_holds_what(root: Path) -> None:
             edges = [len(whole) * n // count for n in range(count + 1)]
             for start, stop in zip(edges, edges[1:], strict=False):
                 yield TensorSlice("exp_avg", name, shapes[name], start, stop, whole[start:stop])
+                yield TensorSlice("exp_avg_sq", name, shapes[name], start, stop, whole[start:stop].square())
                 yield TensorSlice("weight", name, shapes[name], start, stop, whole[start:stop])
 
     def projected(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,8 +255,9 @@ def test_projections_do_not_depend_on_who_holds_what(root: Path) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     names = checking._parameters(config)
     for name, whole in values.items():
-        assert float(lengths[names.index(name)]) == pytest.approx(float(whole.double().norm()))
-    assert float(lengths.count_nonzero()) == len(values)
+        found = lengths[:, names.index(name)].tolist()
+        assert found == pytest.approx([float(whole.double().norm()), float(whole.double().square().norm())])
+    assert float(lengths.count_nonzero()) == 2 * len(values)
 
 
 def test_projections_tell_how_far_apart_gradients_are(root: Path) -> None:
@@ -226,6 +283,23 @@ def test_projections_tell_how_far_apart_gradients_are(root: Path) -> None:
     assert 0.9 < float(np.sqrt(np.mean(np.square(ratios)))) < 1.1
 
 
+def test_batches_without_labels_are_passed_over(root: Path, alone: Mesh) -> None:
+    """As in a run, which takes no step of them."""
+    tokenizer = ByteTokenizer()
+    text = np.append(np.arange(63) % 50, tokenizer.eos_id)
+    for name, every in (("some", 13), ("none", 1000)):
+        with ShardWriter(root / name, tokenizer, has_loss_mask=True) as writer:
+            for index in range(60):
+                writer.write(
+                    f"{index}", "masked", text, loss_spans=[(60, 63)] if index % every == every - 1 else []
+                )
+    keys = ["data.validation=[]", "train.micro_batch_size=1"]
+    code, printed = checked(alone, tiny(root, *keys, f"data.sources=[{{path='{root}/some'}}]"))
+    assert code == 0, printed
+    with pytest.raises(DataError, match="of the first 100 batches of 2 samples 0 have a token to predict"):
+        checked(alone, tiny(root, *keys, f"data.sources=[{{path='{root}/none'}}]"))
+
+
 def test_nothing_is_within_bounds_that_is_not_a_number() -> None:
     assert not Distance(0, 0, 0).exceeds(BOUNDS["fp32"])
     for bounds in BOUNDS.values():
@@ -235,6 +309,14 @@ def test_nothing_is_within_bounds_that_is_not_a_number() -> None:
             assert Distance(*values).exceeds(bounds)
             values[place] = bounds[place] * 1.01  # type: ignore[operator]
             assert Distance(*values).exceeds(bounds)
+
+
+def test_zero_is_no_distance_from_zero() -> None:
+    zeros = Answer([2.0, 2.0], [0.0, 0.0], torch.zeros(2, 1), torch.zeros(2, 1, 16))
+    assert distance(zeros, zeros, ["head"]) == (0, 0, 0, "head")
+    assert distance(zeros._replace(norms=[0.0, 1.0]), zeros, ["head"]).norm == math.inf
+    assert math.isnan(distance(zeros._replace(losses=[2.0, math.nan]), zeros, ["head"]).loss)
+    assert distance(zeros._replace(losses=[3.0]), zeros, ["head"]).loss == 0.5
 
 
 @pytest.mark.parametrize(
