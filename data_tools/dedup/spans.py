@@ -13,7 +13,8 @@ parts    every part without those words, or those documents
 
 Two different spans pass for one if both halves of 128-bit hashes are equal, or 64-bit hashes of two words are
 in the same place of otherwise equal spans: for 10⁹ different words 3 % that there is such a pair at all.
-Disk: 1.2 bytes a word for seeds, 24 a word that is near a repeated one. Memory: as for near duplicates.
+Disk: 1.2 bytes a word for seeds, 24 a word near a repeated one, to drop documents 16 more. Memory: as for
+near duplicates.
 """
 
 from __future__ import annotations
