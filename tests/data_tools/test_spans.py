@@ -108,7 +108,7 @@ def test_spans_cut_are_counted_and_shown(tmp_path: Path) -> None:
 
 
 def test_a_document_is_dropped_only_for_spans_that_a_kept_one_has(tmp_path: Path) -> None:
-    x, y, z = (" ".join(f"{name}{number}" for number in range(60)) for name in "xyz")
+    w, x, y, z = (" ".join(f"{name}{number}" for number in range(60)) for name in "wxyz")
     texts = [
         f"{x} a",
         f"{x} and {x} {y}",  # mostly x
@@ -117,10 +117,12 @@ def test_a_document_is_dropped_only_for_spans_that_a_kept_one_has(tmp_path: Path
         f"{z} {z} {z}",  # nobody else's
         f"{z} d",
         f"{y} e",
+        f"{x} {w}",  # no more than half
+        f"{w} f",
     ]
     flow = dedup([texts[:2], texts[2:5], texts[5:6], texts[6:]], tmp_path, SpanSettings(mode="drop_document"))
-    assert texts_of(tmp_path / "out") == [texts[0], texts[2], texts[4]]
-    assert flow.counters == {"documents with repeated spans": 4}
+    assert texts_of(tmp_path / "out") == [texts[0], texts[2], texts[4], texts[7]]
+    assert flow.counters == {"documents with repeated spans": 6}
     whys = [example["why"] for example in flow.examples["repeated spans"]]
     assert whys == ["120 of 181 words occurred before"] + ["60 of 61 words occurred before"] * 2
-    assert flow.sources["s"]["dropped"]["repeated spans"]["documents"] == 4
+    assert flow.sources["s"]["dropped"]["repeated spans"]["documents"] == 5
