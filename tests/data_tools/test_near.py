@@ -7,6 +7,7 @@ import tempfile
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from data_tools.dedup import near
 from data_tools.dedup.clusters import Sets, cluster
 from data_tools.dedup.minhash import band_hashes
 from data_tools.dedup.near import NearSettings, run, shingle_sets
@@ -67,19 +69,19 @@ def dedup(parts: list[list[Document]], folder: Path, values: dict[str, Any]) -> 
         return run(NearSettings(**values), source, folder / "out", hands)
 
 
-def plain(parts: list[list[Document]], choice: NearSettings) -> list[str]:
-    """The ids that stay, by comparing all pairs that share a band."""
+def plain(parts: list[list[Document]], choice: NearSettings) -> tuple[list[str], int]:
+    """The ids that stay, by comparing all pairs that share a band; and of how many documents those are."""
     rows = [(f"{p}-{r}", *row) for p, part in enumerate(parts) for r, row in enumerate(part)]
     sets = [shingles_of(text, choice.shingle_words) for _, text, _ in rows]
     column = texts(pa.array([text for _, text, _ in rows], pa.string()))
     hashes, bounds = shingle_sets(choice, column, np.arange(len(rows)))
     bands = band_hashes(hashes, bounds[:-1], bounds[1:], choice.bands, choice.rows, choice.seed)
-    alike = [
+    pairs = [
         (one, other)
         for one, other in combinations(range(len(rows)), 2)
         if sets[one] and sets[other] and (bands[one] == bands[other]).any()
-        if jaccard(sets[one], sets[other]) >= choice.threshold
     ]
+    alike = [(one, other) for one, other in pairs if jaccard(sets[one], sets[other]) >= choice.threshold]
     roots = joined(len(rows), alike)
 
     def rank(number: int) -> tuple[float, int]:
@@ -88,11 +90,12 @@ def plain(parts: list[list[Document]], choice: NearSettings) -> list[str]:
         value = {"first": 0.0, "longest": len(text.encode()), "best": known}[choice.keep]
         return value, -number
 
-    return [
+    kept = [
         rows[number][0]
         for number in range(len(rows))
         if number == max((other for other in range(len(rows)) if roots[other] == roots[number]), key=rank)
     ]
+    return kept, len({number for pair in pairs for number in pair})
 
 
 @settings(deadline=None, max_examples=12)
@@ -114,10 +117,11 @@ def test_those_stay_that_brute_force_keeps(
         "bands": 8,
         "rows": 2,
     }
-    with tempfile.TemporaryDirectory() as folder:
+    # So few components at once that there are several such lots, as of millions.
+    with tempfile.TemporaryDirectory() as folder, patch.object(near, "_AT_ONCE", 3):
         flow = dedup(parts, Path(folder), values)
         kept = [row["id"] for row in rows_of(Path(folder) / "out")]
-    assert kept == plain(parts, NearSettings(**values))
+    assert (kept, flow.counters["candidates"]) == plain(parts, NearSettings(**values))
     assert flow.totals()[:2] == (sum(map(len, parts)), len(kept))
 
 
@@ -146,6 +150,9 @@ def test_planted_copies_are_found_and_nothing_else(tmp_path: Path) -> None:
     assert np.mean(alike) > 0.97
     assert flow.examples["near duplicate"][0]["why"].startswith("Jaccard ")
     assert sum(flow.histograms["Jaccard of the removed with the kept"].values()) == sum(found)
+    originals_of = {copy.of for hit, copy in zip(found, copies, strict=True) if hit}
+    assert flow.counters["clusters"] == len(originals_of)
+    assert flow.counters["removed that are alike to the kept only through others"] == 0
     number = next(n for n, hit in enumerate(found) if hit)
     assert flow.examples["near duplicate"][0] == {
         "source": "s",
