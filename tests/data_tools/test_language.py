@@ -104,6 +104,8 @@ def test_it_looks_no_further_than_told(theirs: LanguageIdentifier) -> None:
         language, score = found_by(operation, [text])[0]
         expected, probability = theirs.classify(start)
         assert (language, score) == (expected, pytest.approx(probability, abs=2e-3))
+    one_more, just = found_by(operation, [SENTENCES["en"][:51], SENTENCES["en"][:50]])
+    assert one_more == just != found_by(operation, [SENTENCES["en"][:49]])[0]
 
 
 def test_settings_that_contradict_are_refused() -> None:
