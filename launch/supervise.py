@@ -241,7 +241,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"no command {options.command[0]!r}")
     if options.max_failures < 1 or min(options.backoff_s, options.max_backoff_s, options.grace_s) < 0:
         parser.error("--max-failures must be 1 or more, and no time negative")
-    options.run_dir = options.run_dir.resolve()  # for ranks that start in another folder
+    try:
+        options.run_dir = options.run_dir.resolve()  # for ranks that start in another folder
+    except OSError as error:
+        parser.error(f"the working folder is gone ({error.strerror}); cd to one that is there")
     return options
 
 

@@ -144,6 +144,7 @@ def _command(argv: Sequence[str] | None) -> int:
         args.show_help()
         return 2
     try:
+        _check_working_folder()
         code: int = args.func(args)
         sys.stdout.flush()
     except MegaliteError as error:
@@ -170,6 +171,17 @@ def _command(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return 130
     return code
+
+
+def _check_working_folder() -> None:
+    """Relative paths lead nowhere without one, and torch does not even load (or ends the process).
+
+    Raises:  ConfigError if the folder the command was started in was removed
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(f"the working folder is gone ({error.strerror}); cd to one that is there") from None
 
 
 def _fail(error: MegaliteError) -> int:

@@ -66,6 +66,18 @@ def test_a_terminal_without_our_signs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert b"dp 1 ? pp 1 ? tp 1" in terminal.getvalue()
 
 
+@pytest.mark.parametrize("command", ["train", "data show data", "data ingest x --to y"])
+def test_a_working_folder_that_was_removed(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main([*command.split(), *([str(CONFIGS / "quickstart.toml")] if command == "train" else [])]) == 2
+    told = "the working folder is gone (No such file or directory); cd to one that is there"
+    assert capsys.readouterr().err == f"megalite: ConfigError: {told}\n"
+
+
 @pytest.mark.slow
 def test_train_from_another_directory(config: Path, tmp_path: Path) -> None:
     done = _run(sys.executable, "-m", "megalite", "train", str(config), "run_dir=here", cwd=tmp_path)

@@ -8,11 +8,13 @@ seeds    every part: hashes of half as many words, but the least of every stretc
 known    every bucket: which seeds occur more than once
 windows  every part: 128-bit hashes of the spans that hold such a seed
 matches  every bucket: which of them occurred before
-parts    every part without those words
+decided  once, to drop documents: which are mostly such (see `repeated`)
+parts    every part without those words, or those documents
 
 Two different spans pass for one if both halves of 128-bit hashes are equal, or 64-bit hashes of two words are
 in the same place of otherwise equal spans: for 10⁹ different words 3 % that there is such a pair at all.
-Disk: 1.2 bytes a word for seeds, 24 a word that is near a repeated one. Memory: as for near duplicates.
+Disk: 1.2 bytes a word for seeds, 24 a word near a repeated one, to drop documents 16 more. Memory: as for
+near duplicates.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from data_tools.compiled import compiled
 from data_tools.crew import Crew
 from data_tools.dedup import repeats
 from data_tools.dedup.cut import covered, cut_out, show_cuts, word_spans
+from data_tools.dedup.repeated import decide, drop_repeated
 from data_tools.dedup.repeats import later_occurrences
 from data_tools.dedup.shingles import SPLITTER, Words, split_rows, windows
 from data_tools.dedup.shuffle import (
@@ -53,9 +56,9 @@ from data_tools.step import Step, part_tasks, read_report, step_parts
 from megalite.config.section import Section
 
 KIND = "span-dedup"
-VERSION = 2
+VERSION = 3
 BYTES_A_WORD = 6  # of text, about, taken over a corpus: for the number of buckets, not for correctness
-SHORT, REPEATED = "too few words left", "repeated spans"
+SHORT = "too few words left"
 
 
 class SpanSettings(Section):
@@ -63,7 +66,7 @@ class SpanSettings(Section):
 
     span_words: int = Field(50, ge=8, le=4096, description="words from which a repeated span counts")
     mode: Literal["remove", "drop_document"] = Field(
-        "remove", description="cut spans out, or drop documents that are mostly such"
+        "remove", description="cut spans out, or drop documents mostly of such as earlier kept ones have"
     )
     min_words: int = Field(
         10, ge=1, description='with "remove", documents of which fewer words are left are dropped'
@@ -107,7 +110,13 @@ def run(settings: SpanSettings, source: Path, out: Path, crew: Crew, renew: bool
     done_with("known")
     for_buckets("matches", span_buckets, _write_matches)
     done_with("windows")
-    flows = step.map_parts(parts, partial(_cut_spans, settings, shuffle, span_buckets))
+    if settings.mode == "drop_document":
+        share = settings.max_share
+        work = partial(decide, settings.span_words, share, shuffle, span_buckets, numbers, parts)
+        step.once("decided", work)
+        flows = step.map_parts(parts, partial(drop_repeated, share, shuffle))
+    else:
+        flows = step.map_parts(parts, partial(_cut_spans, settings, shuffle, span_buckets))
     if crew.is_first:
         remove_shuffle(shuffle)
     return step.finish(flows, splitter=SPLITTER)
@@ -181,18 +190,25 @@ def _write_windows(
 def _write_matches(
     settings: SpanSettings, shuffle: Path, files: int, parts: int, bucket: int
 ) -> dict[str, Any]:
-    """The addresses of spans that occurred before and do not overlap the earliest such, to their parts."""
+    """The addresses of spans that occurred before and do not overlap the earliest such, to their parts.
+
+    To drop documents, of all that occur more than once, each with the earliest.
+    """
     found = later_occurrences(read_rows(shuffle_files(shuffle / "windows", files), bucket, repeats.COLUMNS))
-    found = found[found[:, 1] + np.uint64(settings.span_words) <= found[:, 0]]
+    if settings.mode == "drop_document":
+        first = np.unique(found[:, 1])
+        found = np.concatenate([np.stack([first, first], axis=1), found])
+    else:
+        found = found[found[:, 1] + np.uint64(settings.span_words) <= found[:, 0], :1]
     with ShuffleWriter(shuffle / "matches" / f"{bucket_name(bucket)}.bin", parts) as writer:
-        writer.write(part_of(found[:, 0]), found[:, :1])
+        writer.write(part_of(found[:, 0]), found)
     return {"spans": len(found)}
 
 
 def _cut_spans(
     settings: SpanSettings, shuffle: Path, files: int, path: Path, flow: Flow
 ) -> Iterator[pa.RecordBatch]:
-    """A step's transform: the part's documents without the spans found, or without those documents."""
+    """A step's transform: the part's documents without the spans found."""
     found = np.sort(number_of(read_bucket(shuffle_files(shuffle / "matches", files), part_number(path))))
     for batch, rows, words, _, here in _rows_with(path, shuffle, found, None):
         text = texts(batch.column("text"))
@@ -200,22 +216,18 @@ def _cut_spans(
         repeated = np.add.reduceat(is_repeated, words.bounds[:-1], dtype=np.int64) if len(rows) else rows
         total = np.diff(words.bounds)
         verdicts = np.full(batch.num_rows, KEPT)
-        if settings.mode == "drop_document":
-            verdicts[rows[repeated > settings.max_share * total]] = 1
-            changed = batch
-        else:
-            verdicts[rows[total - repeated < settings.min_words]] = 0
-            owner, starts, ends = word_spans(words, is_repeated, text.offsets[rows + 1])
-            changed = with_column(batch, "text", text_column(*cut_out(text, starts, ends)))
-            show_cuts(flow, "repeated span", batch, rows[owner], starts, ends)
-            flow.count("spans cut", len(starts))
-            flow.count("words cut", int(repeated.sum()))
+        verdicts[rows[total - repeated < settings.min_words]] = 0
+        owner, starts, ends = word_spans(words, is_repeated, text.offsets[rows + 1])
+        changed = with_column(batch, "text", text_column(*cut_out(text, starts, ends)))
+        show_cuts(flow, "repeated span", batch, rows[owner], starts, ends)
+        flow.count("spans cut", len(starts))
+        flow.count("words cut", int(repeated.sum()))
         flow.count("documents with repeated spans", len(rows))
         why = [""] * batch.num_rows
         for row, some, of in zip(rows.tolist(), repeated.tolist(), total.tolist(), strict=True):
             why[row] = f"{some} of {of} words occurred before"
         out = changed.filter(pa.array(verdicts == KEPT))
-        flow.pass_batch(batch, verdicts, [SHORT, REPEATED], out, why)
+        flow.pass_batch(batch, verdicts, [SHORT], out, why)
         yield out
 
 

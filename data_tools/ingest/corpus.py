@@ -41,6 +41,7 @@ _COUNTED_AS = {
     Reason.NOT_UTF8: "not_text",
     Reason.PACKED: "not_text",
     Reason.LINK: "links",
+    Reason.FOLDER_LINK: "links",
 }
 
 
@@ -62,7 +63,7 @@ class Counts:
     empty: int = 0
     not_text: int = 0  # files and lines that are binary or not UTF-8
     malformed: int = 0  # lines without a usable text field, pages and records that cannot be read
-    links: int = 0  # out of the folder
+    links: int = 0  # out of the folder, or to folders
 
     def summary(self) -> str:
         """One line for people."""
@@ -71,7 +72,7 @@ class Counts:
             "empty": self.empty,
             "not UTF-8 text": self.not_text,
             "malformed": self.malformed,
-            "linked from elsewhere": self.links,
+            "behind links": self.links,
         }
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
         return (

@@ -34,6 +34,7 @@ class Reason(StrEnum):
     STOPS = "stops being UTF-8 text"
     UNREADABLE = "cannot be read"
     LINK = "link out of the source"
+    FOLDER_LINK = "link to a folder"
 
 
 class Document(NamedTuple):

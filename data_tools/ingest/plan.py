@@ -36,6 +36,10 @@ SUFFIXES = {
     "warc": (".warc", ".wet"),
 }
 WRITTEN = (".parquet", ".arrow", ".json", ".jsonl", ".html", ".toml", "")  # how what steps write is named
+_HINTS = {
+    Reason.LINK: "; to read the files that links name, set follow_links = true",
+    Reason.FOLDER_LINK: "; links to folders are not followed: name each folder as a source of its own",
+}
 ARCHIVES = (".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".lz4", ".br")
 
 
@@ -173,8 +177,8 @@ def _told(reasons: Counter[str]) -> str:
     if not reasons:
         return "is empty"
     told = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
-    hint = "; to read what links name, set follow_links = true" if Reason.LINK in reasons else ""
-    return f"has nothing to read ({told}){hint}"
+    hints = [hint for reason, hint in _HINTS.items() if reason in reasons]
+    return f"has nothing to read ({told}){''.join(hints)}"
 
 
 def _list_stdlib() -> Listing:
@@ -223,9 +227,12 @@ def _piece(path: Path, name: str, source: SourceSettings, boundary: Path) -> Pie
     except (OSError, RuntimeError) as error:  # a loop of links
         why = getattr(error, "strerror", None) or str(error)
         return Piece(path, name, "", reason=Reason.UNREADABLE, why=why)
-    outside = target is not None and boundary not in target.parents
-    if (outside and not source.follow_links) or stat.S_ISDIR(about.st_mode):
-        return Piece(path, name, "", reason=Reason.LINK, why="a folder" if not outside else "")
+    if stat.S_ISDIR(about.st_mode):  # others were walked
+        return Piece(
+            path, name, "", reason=Reason.FOLDER_LINK, why="not followed; what it names can be a source"
+        )
+    if target is not None and boundary not in target.parents and not source.follow_links:
+        return Piece(path, name, "", reason=Reason.LINK, why="not read without follow_links = true")
     if not stat.S_ISREG(about.st_mode):
         return Piece(path, name, "", reason=Reason.UNREADABLE, why="not a regular file")
     kind = _kind(name, source)

@@ -30,7 +30,9 @@ class SourceSettings(Section):
         (), strict=False, description="read only files whose name below path fits one of these; * is any text"
     )
     exclude: tuple[str, ...] = Field((), strict=False, description="leave out files that fit one of these")
-    follow_links: bool = Field(False, description="read also what links in the folder name outside of it")
+    follow_links: bool = Field(
+        False, description="read also files outside of the folder that links in it name; never linked folders"
+    )
     text_field: str = Field("text", min_length=1, description="field or column with a record's text")
     id_field: str = Field("id", min_length=1, description="field or column with its id, a string or number")
     meta_fields: tuple[str, ...] | None = Field(

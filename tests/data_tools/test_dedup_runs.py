@@ -38,7 +38,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_step(tmp_path_factory.mktemp("corpus") / "in", rows)
 
 
-@pytest.fixture(params=["exact", "lines", "near", "spans", "decontaminate"])
+@pytest.fixture(params=["exact", "lines", "near", "spans", "span documents", "decontaminate"])
 def case(request: pytest.FixtureRequest, source: Path) -> tuple[Run, Section, Section]:
     """A step with settings, and with such that use little memory."""
     if request.param == "decontaminate":
@@ -52,6 +52,7 @@ def case(request: pytest.FixtureRequest, source: Path) -> tuple[Run, Section, Se
         "lines": (exact.run, exact.ExactSettings, {"unit": "line"}),
         "near": (near.run, near.NearSettings, {}),
         "spans": (spans.run, spans.SpanSettings, {"span_words": 16}),
+        "span documents": (spans.run, spans.SpanSettings, {"span_words": 16, "mode": "drop_document"}),
     }[request.param]
     return run, kind(**values), kind(**values, memory_bytes=SMALL)
 

@@ -245,8 +245,26 @@ def test_links_are_followed_on_request(tmp_path: Path) -> None:
         DataError, match=r"no text in source 's'.*1 link out of the source.*follow_links = true"
     ):
         ingest(tmp_path / "out", source)
-    ingest(tmp_path / "out", source | {"follow_links": True})
+    source["follow_links"] = True
+    ingest(tmp_path / "out", source)
     assert [row["text"] for row in rows_of(tmp_path / "out")] == ["text"]
+
+
+def test_links_to_folders_are_never_followed_and_it_is_said(tmp_path: Path) -> None:
+    for folder in ("far", "in/sub"):
+        (tmp_path / folder).mkdir(parents=True)
+    for number, target in enumerate((tmp_path / "far", "sub", ".", tmp_path)):
+        (tmp_path / "in" / f"link{number}").symlink_to(target)
+    source = {"name": "s", "path": str(tmp_path / "in"), "follow_links": True}
+    told = (
+        r"has nothing to read \(4 link to a folder\); links to folders are not followed: name each folder as"
+    )
+    with pytest.raises(DataError, match=told):
+        ingest(tmp_path / "out", source)
+    (tmp_path / "in/sub/x.txt").write_text("x")
+    flow = ingest(tmp_path / "out", source)
+    assert flow.dropped() == {"link to a folder": 4}
+    assert flow.totals()[1] == 1
 
 
 def test_what_has_no_text_is_refused(tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from pydantic import ValidationError
 
 from data_tools.flow import Flow
-from data_tools.language import Language, LanguageSettings
+from data_tools.language import LangidModel, Language, LanguageSettings
 from megalite.errors import DataError
 
 SENTENCES = {
@@ -97,6 +98,22 @@ def test_neighbours_change_nothing(ours: Language) -> None:
     assert found_by(ours, []) == []
 
 
+def test_classes_of_one_language_count_together() -> None:
+    prior = np.log(np.array([0.3, 0.4, 0.3], dtype=np.float32))
+    model = LangidModel(
+        ["a", "b", "a", "und"],
+        row_of=np.zeros(1, dtype=np.uint16),
+        moves=np.zeros((1, 256), dtype=np.uint32),
+        feature_of=np.zeros(1, dtype=np.int32),
+        weights=np.zeros((1, 3), dtype=np.float32),
+        prior=prior,
+        same_as=np.array([0, 1, 0]),
+    )
+    labels, scores = model.classify(np.zeros(1, dtype=np.uint8), np.array([0]), np.array([1]))
+    assert labels.tolist() == [0]
+    assert scores.tolist() == pytest.approx([0.6])
+
+
 def test_it_looks_no_further_than_told(theirs: LanguageIdentifier) -> None:
     operation = Language(LanguageSettings(max_bytes=50))
     for text in (SENTENCES["ru"] + SENTENCES["en"] * 9, SENTENCES["en"], "a" + SENTENCES["ja"] * 2):
@@ -104,6 +121,8 @@ def test_it_looks_no_further_than_told(theirs: LanguageIdentifier) -> None:
         language, score = found_by(operation, [text])[0]
         expected, probability = theirs.classify(start)
         assert (language, score) == (expected, pytest.approx(probability, abs=2e-3))
+    one_more, just = found_by(operation, [SENTENCES["en"][:51], SENTENCES["en"][:50]])
+    assert one_more == just != found_by(operation, [SENTENCES["en"][:49]])[0]
 
 
 def test_settings_that_contradict_are_refused() -> None:

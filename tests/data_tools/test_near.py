@@ -7,6 +7,7 @@ import tempfile
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from data_tools.dedup import near
 from data_tools.dedup.clusters import Sets, cluster
 from data_tools.dedup.minhash import band_hashes
 from data_tools.dedup.near import NearSettings, run, shingle_sets
+from data_tools.dedup.shingles import mixed
 from data_tools.documents import SCHEMA, texts
 from data_tools.flow import Flow
+from data_tools.step import read_report
 from megalite.errors import DataError
 from tests.data_tools.corpora import crew, rows_of, write_rows
 from tests.data_tools.plain_words import jaccard, joined, shingles_of
@@ -67,19 +71,19 @@ def dedup(parts: list[list[Document]], folder: Path, values: dict[str, Any]) -> 
         return run(NearSettings(**values), source, folder / "out", hands)
 
 
-def plain(parts: list[list[Document]], choice: NearSettings) -> list[str]:
-    """The ids that stay, by comparing all pairs that share a band."""
+def plain(parts: list[list[Document]], choice: NearSettings) -> tuple[list[str], int]:
+    """The ids that stay, by comparing all pairs that share a band; and of how many documents those are."""
     rows = [(f"{p}-{r}", *row) for p, part in enumerate(parts) for r, row in enumerate(part)]
     sets = [shingles_of(text, choice.shingle_words) for _, text, _ in rows]
     column = texts(pa.array([text for _, text, _ in rows], pa.string()))
     hashes, bounds = shingle_sets(choice, column, np.arange(len(rows)))
     bands = band_hashes(hashes, bounds[:-1], bounds[1:], choice.bands, choice.rows, choice.seed)
-    alike = [
+    pairs = [
         (one, other)
         for one, other in combinations(range(len(rows)), 2)
         if sets[one] and sets[other] and (bands[one] == bands[other]).any()
-        if jaccard(sets[one], sets[other]) >= choice.threshold
     ]
+    alike = [(one, other) for one, other in pairs if jaccard(sets[one], sets[other]) >= choice.threshold]
     roots = joined(len(rows), alike)
 
     def rank(number: int) -> tuple[float, int]:
@@ -88,11 +92,12 @@ def plain(parts: list[list[Document]], choice: NearSettings) -> list[str]:
         value = {"first": 0.0, "longest": len(text.encode()), "best": known}[choice.keep]
         return value, -number
 
-    return [
+    kept = [
         rows[number][0]
         for number in range(len(rows))
         if number == max((other for other in range(len(rows)) if roots[other] == roots[number]), key=rank)
     ]
+    return kept, len({number for pair in pairs for number in pair})
 
 
 @settings(deadline=None, max_examples=12)
@@ -113,11 +118,13 @@ def test_those_stay_that_brute_force_keeps(
         "memory_bytes": memory,
         "bands": 8,
         "rows": 2,
+        "seed": 3,
     }
-    with tempfile.TemporaryDirectory() as folder:
+    # So few components at once that there are several such lots, as of millions.
+    with tempfile.TemporaryDirectory() as folder, patch.object(near, "_AT_ONCE", 3):
         flow = dedup(parts, Path(folder), values)
         kept = [row["id"] for row in rows_of(Path(folder) / "out")]
-    assert kept == plain(parts, NearSettings(**values))
+    assert (kept, flow.counters["candidates"]) == plain(parts, NearSettings(**values))
     assert flow.totals()[:2] == (sum(map(len, parts)), len(kept))
 
 
@@ -146,6 +153,11 @@ def test_planted_copies_are_found_and_nothing_else(tmp_path: Path) -> None:
     assert np.mean(alike) > 0.97
     assert flow.examples["near duplicate"][0]["why"].startswith("Jaccard ")
     assert sum(flow.histograms["Jaccard of the removed with the kept"].values()) == sum(found)
+    originals_of = {copy.of for hit, copy in zip(found, copies, strict=True) if hit}
+    assert flow.counters["clusters"] == len(originals_of)
+    chance = read_report(tmp_path / "out")["chance_to_be_compared_at_threshold"]
+    assert chance == round(1 - (1 - 0.8**8) ** 14, 4)
+    assert flow.counters["removed that are alike to the kept only through others"] == 0
     number = next(n for n, hit in enumerate(found) if hit)
     assert flow.examples["near duplicate"][0] == {
         "source": "s",
@@ -153,6 +165,34 @@ def test_planted_copies_are_found_and_nothing_else(tmp_path: Path) -> None:
         "text": copies[number].text[:300],
         "why": f"Jaccard {copies[number].jaccard:.3f} with 0-{copies[number].of}",
     }
+
+
+def test_alike_by_exactly_the_threshold_is_alike(tmp_path: Path) -> None:
+    flow = dedup([[("a b c d e f", None)] * 2], tmp_path, {"threshold": 1.0})
+    assert flow.totals()[:2] == (2, 1)
+    assert flow.counters["removed that are alike to the kept only through others"] == 0
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_bands_are_minima_of_permutations_mixed(seed: int) -> None:
+    bands, rows = 3, 5
+    draws = np.random.Generator(np.random.Philox(seed)).integers(0, 2**32, (2, 15), dtype=np.uint32)
+    sets = [[], [5 << 32], [number * 0x9E3779B97F4A7C15 % 2**64 for number in range(1, 12)]]
+    expected = []
+    for some in sets:
+        least = [
+            min([(int(factor | 1) * (one >> 32) + int(term)) % 2**32 for one in some], default=2**32 - 1)
+            for factor, term in draws.T
+        ]
+        for band in range(bands):
+            value = np.uint64(band)
+            for one in least[band * rows : (band + 1) * rows]:
+                value = np.uint64(mixed(value ^ np.uint64(one)))
+            expected.append(int(value))
+    ends = np.cumsum([len(some) for some in sets])
+    members = np.array([one for some in sets for one in some], dtype=np.uint64)
+    found = band_hashes(members, ends - [len(some) for some in sets], ends, bands, rows, seed)
+    assert found.ravel().tolist() == expected
 
 
 def test_what_the_limit_leaves_out_is_counted() -> None:

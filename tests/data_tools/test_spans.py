@@ -56,15 +56,26 @@ def plain(parts: list[list[str]], choice: SpanSettings) -> list[str]:
             document, place = first.setdefault(tuple(word for word, _ in words[at : at + size]), (number, at))
             if document < number or place + size <= at:
                 repeated.update(range(at, at + size))
-        if choice.mode == "drop_document":
-            if len(repeated) <= choice.max_share * len(words) or not repeated:
-                left.append(text)
-            continue
         ends = [index for _, index in words[1:]] + [len(text)]
         cut = {place for word in repeated for place in range(words[word][1], ends[word])}
         if not repeated or len(words) - len(repeated) >= choice.min_words:
             left.append("".join(character for place, character in enumerate(text) if place not in cut))
     return left
+
+
+def plainly_kept(parts: list[list[str]], choice: SpanSettings) -> list[str]:
+    """The texts that are not mostly windows of words of those kept before them."""
+    size = choice.span_words
+    kept: list[str] = []
+    known: set[tuple[str, ...]] = set()
+    for text in (text for part in parts for text in part):
+        words = [word for word, _ in words_of(text)]
+        windows = [tuple(words[at : at + size]) for at in range(len(words) - size + 1)]
+        repeated = {at + n for at, window in enumerate(windows) if window in known for n in range(size)}
+        if len(repeated) <= choice.max_share * len(words):
+            kept.append(text)
+            known.update(windows)
+    return kept
 
 
 @settings(deadline=None, max_examples=15)
@@ -80,7 +91,8 @@ def test_what_is_left_is_what_brute_force_leaves(
     choice = SpanSettings(span_words=size, mode=mode, min_words=3, max_share=0.4, memory_bytes=memory)
     with tempfile.TemporaryDirectory() as folder:
         flow = dedup(parts, Path(folder), choice)
-        assert texts_of(Path(folder) / "out") == plain(parts, choice)
+        expected = (plainly_kept if mode == "drop_document" else plain)(parts, choice)
+        assert texts_of(Path(folder) / "out") == expected
         assert flow.totals()[0] == sum(map(len, parts))
 
 
@@ -93,3 +105,24 @@ def test_spans_cut_are_counted_and_shown(tmp_path: Path) -> None:
     assert flow.examples["repeated span"][0]["text"] == (licence + "; ")[:300]
     assert flow.examples["too few words left"][0]["why"] == "60 of 60 words occurred before"
     assert flow.sources["s"]["dropped"] == {"too few words left": {"documents": 1, "bytes": len(texts[2])}}
+
+
+def test_a_document_is_dropped_only_for_spans_that_a_kept_one_has(tmp_path: Path) -> None:
+    w, x, y, z = (" ".join(f"{name}{number}" for number in range(60)) for name in "wxyz")
+    texts = [
+        f"{x} a",
+        f"{x} and {x} {y}",  # mostly x
+        f"{y}",  # which only the dropped one had
+        f"{y} c",
+        f"{z} {z} {z}",  # nobody else's
+        f"{z} d",
+        f"{y} e",
+        f"{x} {w}",  # no more than half
+        f"{w} f",
+    ]
+    flow = dedup([texts[:2], texts[2:5], texts[5:6], texts[6:]], tmp_path, SpanSettings(mode="drop_document"))
+    assert texts_of(tmp_path / "out") == [texts[0], texts[2], texts[4], texts[7]]
+    assert flow.counters == {"documents with repeated spans": 6}
+    whys = [example["why"] for example in flow.examples["repeated spans"]]
+    assert whys == ["120 of 181 words occurred before"] + ["60 of 61 words occurred before"] * 2
+    assert flow.sources["s"]["dropped"]["repeated spans"]["documents"] == 5

@@ -214,6 +214,12 @@ def test_help_and_mistakes_in_one_line(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert done.stderr.startswith("supervise: ")
         assert done.stderr.count("\n") == 1
+    (tmp_path / "gone").mkdir()
+    in_gone = f"cd '{tmp_path}/gone' && rmdir ../gone && exec \"$@\""
+    command = ["sh", "-c", in_gone, "sh", *SUPERVISE, "--run-dir", "r", "--", "true"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("supervise: the working folder is gone")
 
 
 @pytest.mark.slow
