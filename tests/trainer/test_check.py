@@ -189,6 +189,12 @@ def test_the_part_at_fault_is_named(
     assert row.endswith(parameter)
 
 
+def test_without_plain_gradients_nothing_else_is_blamed(root: Path, alone: Mesh) -> None:
+    code, printed = checked(alone, tiny(root, "model.init_std=1e30"))
+    assert code == 1
+    assert [line.split()[0] for line in printed.splitlines()[2:]] == ["plain", "the"]
+
+
 def one_rank_is_stale(mesh: Mesh, config: Config) -> tuple[int, str]:
     """A rank that keeps the norms it began with."""
 
