@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megalite import trainer
+from megalite import meter
 from megalite.cli import main
 from megalite.config_file import to_toml
 from megalite.data.loader import DataLoader
@@ -76,7 +76,7 @@ def train(config: str, run_dir: str, fault: str, where: str, faulty: int, *overr
     os.dup2(os.open(f"{run_dir}/said_{rank}", os.O_WRONLY | os.O_CREAT), 2)
     os.environ["MEGALITE_EXIT_FILE"] = f"{run_dir}/exits.jsonl"
     engine = DeepSpeedEngine if overrides else NativeEngine
-    owner = {"forward_backward": engine, "_read": DataLoader, "all_reduce": trainer}[where]
+    owner = {"forward_backward": engine, "_read": DataLoader, "all_reduce": meter}[where]
     real, calls = getattr(owner, where), []
 
     def faulty_one(self: Any, *args: Any) -> Any:
