@@ -68,6 +68,7 @@ def test_contenders_of_transformers_learn():
     np.testing.assert_allclose(losses[2:], losses[[1, 1]], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bf16_contenders_take_about_the_same_steps():
     names = ["megalite zero2", "fsdp2 kept", "ddp of transformers"]
     losses = _agreed(names, "bf16")

@@ -289,6 +289,7 @@ def test_projections_tell_how_far_apart_gradients_are(root: Path) -> None:
     assert 0.9 < float(np.sqrt(np.mean(np.square(ratios)))) < 1.1
 
 
+@pytest.mark.slow
 def test_batches_without_labels_are_passed_over(root: Path, alone: Mesh) -> None:
     """As in a run, which takes no step of them."""
     tokenizer = ByteTokenizer()
@@ -362,6 +363,7 @@ def test_kernels_are_a_part_of_their_own(root: Path, alone: Mesh, monkeypatch: p
     assert os.environ["MEGALITE_KERNELS"] == "reference"
 
 
+@pytest.mark.slow
 def test_the_command(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = root / "tiny.toml"
     path.write_text(to_toml(tiny(root)))

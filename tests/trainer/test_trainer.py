@@ -302,6 +302,7 @@ def test_being_asked_to_stop_in_a_validation_saves_at_once(root: Path, alone: Me
     assert resumed[-1]["val_loss"] == whole[-1]["val_loss"]
 
 
+@pytest.mark.slow
 def test_sigterm_on_one_rank_saves_on_all_and_exits_75(root: Path, alone: Mesh) -> None:
     config = tiny(root, "train.steps=100000", "optim.schedule=constant")
     processes = spawn_ranks(_train_until_killed, 2, config)
