@@ -22,7 +22,7 @@ UNIT_DURATIONS: Mapping[Kind, float] = {
 """A backward costs two forwards, its halves one each: each is one product per weight matrix."""
 
 
-_DRAWN = 10**7  # cells
+_MAX_CELLS = 10**7  # of a drawing: some tens of megabytes of text
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ def draw(timeline: Timeline, title: str = "") -> str:
     """
     stages = count_stages(tuple(tuple(span.action for span in spans) for spans in timeline.ranks))
     pp, columns = len(timeline.ranks), math.ceil(timeline.total)
-    if pp * columns > _DRAWN:
+    if pp * columns > _MAX_CELLS:
         raise ConfigError(
             f"{pp:,} ranks over {columns:,} units of time make a drawing of {pp * columns:,} cells, of which "
-            f"{_DRAWN:,} are the most; draw fewer ranks or micro-batches"
+            f"{_MAX_CELLS:,} are the most; draw fewer ranks or micro-batches"
         )
     width = max(len(_label(span.action, pp, stages)) for spans in timeline.ranks for span in spans) + 1
     head = len(f"rank {pp - 1} ")

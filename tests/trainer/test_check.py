@@ -219,15 +219,15 @@ def test_weights_that_are_not_sent_show(root: Path, stage: int) -> None:
 
 
 def one_rank_is_off(mesh: Mesh, config: Config) -> tuple[int, str]:
-    """A rank that adds its gradient too late, in the layout."""
+    """A rank that takes its first micro-batch again and again, in the layout."""
 
-    class Late(_Wrong):
+    class Repeating(_Wrong):
         def forward_backward(self, micro_batches: Sequence[Batch]) -> StepSums:
             if mesh.rank == 1 and not self.is_plain:
                 micro_batches = [micro_batches[0]] * len(micro_batches)
             return super().forward_backward(micro_batches)
 
-    with mock.patch.object(checking, "engine_class", return_value=Late):
+    with mock.patch.object(checking, "engine_class", return_value=Repeating):
         return checked(mesh, config)
 
 
