@@ -52,6 +52,8 @@ def measure(
     """Gradients of a step, and what all ranks know of it after the step's one small all-reduce.
 
     Every later decision is a function of that.
+
+    Comm:  an all-reduce of six numbers over the world
     """
     sums = engine.forward_backward(micro_batches)
     flags = float(wants_stop), float(any(batch.replaced for batch in micro_batches))
